@@ -1,0 +1,207 @@
+"""The reward of REARANK (arXiv 2505.20046): from a model's text to an order of the passages, from the order to a number.
+
+    text --parse_ranking--> order --ndcg--> NDCG@10 --score_response--> reward = 0.8 r_rank + 0.1 r_format1 + 0.1 r_format2   (eq. 6)
+
+There is one parser, for training, inference and statistics. It never raises and reads each character a fixed number of times, because
+a model in training writes anything: 2,048 tokens of `<answer><answer>...` are one sample among thousands.
+
+The parser is lenient: a user with a zero-shot model wants an order out of almost any text. The reward is strict: it takes the order of a
+complete `<answer>...</answer>` after the reasoning and nothing else. Every text it accepted would be something to teach.
+
+Where we depart from the paper or from the authors' code:
+- A window with nothing to gain, where eq. 5 divides by zero, pays 1 for an order that is still best (the authors: 0).
+- r_rank is never below -1: in an almost ideal window eq. 5 can reach -50, and one bad sample would decide its whole group.
+- r_format1 wants exactly one think and one answer block and nothing around them; r_format2 wants every passage named once. The authors
+  search for the patterns anywhere, so that `[3]` alone passes: a nearly free reward, as passages not named keep their places.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SCHEMES = ("normalized", "absolute", "difference")
+
+# Every pattern here is a run of characters or a short word, so that none can backtrack further than it has read.
+INTEGER = re.compile(r"[0-9]+")
+LIST_PARTS = re.compile(r"[0-9\[\](){}><=,;\s]+|(?ai:passage|document|doc|id)")  # text made of nothing else is a list
+BRACKETS = re.compile(r"\[([^\[\]]*)\]")
+WELL_FORMED = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
+FULL_LIST = re.compile(r"\s*\[[0-9]{1,9}\](?:\s*>\s*\[[0-9]{1,9}\])*\s*")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a response says about a window of n passages: `order` (0-based, a permutation of range(n), best first) and how it was read.
+
+    `status`: "ok" (every id once), "repaired" (ids dropped or added), "untagged" (no answer tags), "truncated" (cut off before the end),
+    "malformed" (names no passage), "empty" (no text).
+    """
+
+    order: list[int]
+    status: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """The reward of one response and its parts (eq. 6): reward = 0.8 rank + 0.1 format1 + 0.1 format2. `ndcg`: NDCG@10 of the new order."""
+
+    reward: float
+    rank: float
+    format1: float
+    format2: float
+    ndcg: float
+
+
+def parse_ranking(response: str | None, num_passages: int) -> Ranking:
+    """The order of `num_passages` passages that `response` asks for, whatever it looks like. Never raises; linear in the text's length.
+
+    1. Nothing to read (not a string, or blank): the present order, "empty".
+    2. The answer is the last complete `<answer>...</answer>` after the reasoning, or an earlier one if that names no passage.
+    3. Without one, what follows an `<answer>` left open, less a number that may itself be cut: "truncated".
+    4. Without that, the text after the reasoning: "untagged". Reasoning that never ends: the present order, "truncated".
+    5. In a text that is nothing but a list every integer is an id; in prose only those in square brackets are.
+    6. Ids that do not exist or came before are dropped; passages not named follow in their present order.
+    7. "ok" needs a complete block with every id once and no other; "malformed" names none.
+
+    >>> parse_ranking("<think> [2] fits best. </think> <answer> [2] > [3] > [1] </answer>", 3)
+    Ranking(order=[1, 2, 0], status='ok')
+    >>> parse_ranking("<answer> [3] > [3] > [7] </answer>", 3)
+    Ranking(order=[2, 0, 1], status='repaired')
+    >>> parse_ranking("<answer> [2] > [1", 12).order[:3]
+    [1, 0, 2]
+    >>> parse_ranking("In 1984 nobody knew. I prefer [3].", 3)
+    Ranking(order=[2, 0, 1], status='untagged')
+    """
+    ids, status, _ = _read(response, num_passages)
+    return Ranking(_order(ids, num_passages), status)
+
+
+def _order(ids: list[int], n: int) -> list[int]:
+    """Contract 6: 1-based ids to a permutation of range(n). The first mention wins, what is missing follows in its present order."""
+    return list(dict.fromkeys([i - 1 for i in ids if 0 < i <= n] + list(range(n))))
+
+
+def _named(text: str) -> list[int]:
+    """Contract 5: the integers that count as ids in `text`, in its order, those out of range included. A list, or brackets in prose.
+
+    >>> _named("3 > Doc 1; [02]"), _named("best of 2: [3, 1], not [3.1] or [-2]")
+    ([3, 1, 2], [3, 1])
+    """
+    if LIST_PARTS.sub("", text):  # something is left: prose
+        text = " ".join(inside for inside in BRACKETS.findall(text) if not LIST_PARTS.sub("", inside))
+    return [int(digits) for digits in INTEGER.findall(text) if len(digits) <= 9]  # int() of 5,000 digits raises
+
+
+def _read(response: str | None, n: int) -> tuple[list[int], str, str | None]:
+    """Contract 1-4 and 7: the ids a response names, the status, and the answer block if it is one that the reward may read (else None)."""
+    if not isinstance(response, str) or not response.strip():
+        return [], "empty", None
+    # 2. After the *first* </think>, last block first: this is the last block after the last </think> wherever there is one. Splitting at
+    # <answer> gives each closing tag its nearest opening one, and pieces that do not overlap, so that all of them together are read once.
+    start = response.find("</think>") + len("</think>") if "</think>" in response else 0
+    lead, *pieces = response[start:].split("<answer>")
+    position, last = len(response), None  # where the current piece begins; the last block's text and where it begins
+    for piece in reversed(pieces):
+        position -= len(piece)
+        if "</answer>" in piece:
+            last = last or (piece.rpartition("</answer>")[0], position)
+            # A stray second </answer> turns the list inside the block into prose; the block up to the first one is still a list.
+            for block in (piece.rpartition("</answer>")[0], piece.partition("</answer>")[0]):
+                ids = _named(block)
+                if any(0 < i <= n for i in ids):
+                    return ids, "ok" if sorted(ids) == list(range(1, n + 1)) else "repaired", _strict(response, block, position)
+        position -= len("<answer>")
+    if last:
+        return [], "malformed", _strict(response, *last)
+    return *_read_without_block(response, n), None
+
+
+def _strict(response: str, block: str, position: int) -> str | None:
+    """`block`, which begins at `position`, unless a <think> is still open there: the reward does not read answers inside the reasoning."""
+    return block if response.rfind("<think>", 0, position) <= response.rfind("</think>", 0, position) else None
+
+
+def _read_without_block(response: str, n: int) -> tuple[list[int], str]:
+    """Contract 3 and 4: the ids and the status of a response without a complete answer block. The reward reads none of these.
+
+    An <answer> that the reasoning only mentions does not hide an answer that follows the reasoning without tags.
+    """
+    tail = response[response.rfind("</think>") + len("</think>"):] if "</think>" in response else response
+    ids = _named(tail)
+    untagged = "<answer>" not in tail and "<think>" not in tail and any(0 < i <= n for i in ids)
+    opened = response.rfind("<answer>")
+    if opened >= 0 and "</answer>" not in response[opened:] and not untagged:
+        return _named(response[opened + len("<answer>"):].rstrip("0123456789")), "truncated"  # "[1" may be the beginning of "[12]"
+    if "<think>" in tail:
+        return [], "truncated"
+    return (ids, "untagged") if untagged else ([], "malformed")
+
+
+def ndcg(labels: Sequence[int], k: int = 10, ideal: Sequence[int] | None = None) -> float:
+    """NDCG@k: DCG@k / IDCG@k, with DCG@k = sum over ranks i = 1..k of label_i / log2(i + 1). In [0, 1]; 0 if nothing is relevant.
+
+    `labels`: the graded labels in ranked order. `ideal`: those of all judged passages of the query (default: `labels`), in any order; the
+    denominator is the DCG of the k largest. The label itself is the gain, as in trec_eval's ndcg_cut, negative ones count as 0.
+
+    >>> ndcg([3, 0, 1])                  # (3/1 + 0/1.585 + 1/2) / (3/1 + 1/1.585 + 0/2)
+    0.9639404333166532
+    >>> ndcg([3, 0, 1], ideal=[3, 3, 1, 0, 0])
+    0.649014791936513
+    """
+    best = dcg(sorted(labels if ideal is None else ideal, reverse=True), k)
+    return dcg(labels, k) / best if best else 0.0
+
+
+def dcg(labels: Sequence[int], k: int = 10) -> float:
+    """The numerator of NDCG@k: a passage's label counts in full at rank 1, half at rank 3, 0.29 times at rank 10, not at all below k."""
+    return float(sum(max(0, label) / math.log2(i + 2) for i, label in enumerate(labels[:k])))
+
+
+def score_response(response: str | None, labels: Sequence[int], ideal: Sequence[int] | None = None, scheme: str = "normalized") -> Score:
+    """The reward of `response` to a window whose passages have `labels` in their present order (eqs. 5 and 6). See `rank_reward`.
+
+    Only a complete answer block after a closed (or absent) think block is read. Without one, or if it names no passage, the window stays
+    as it is. `ideal`: all judged labels of the query, for NDCG. Raises ValueError for an unknown `scheme`.
+
+    >>> score_response("<think> ... </think> <answer> [2] > [3] > [1] </answer>", [0, 3, 1])
+    Score(reward=1.0, rank=1.0, format1=1.0, format2=1.0, ndcg=1.0)
+    >>> score_response("[2] > [3] > [1]", [0, 3, 1]).reward
+    0.0
+    """
+    ids, status, block = _read(response, len(labels))
+    readable = block is not None and status in ("ok", "repaired")
+    # The labels move with the passages: NDCG is of the new order, never of first-stage scores that stay with the positions.
+    reranked = ndcg([labels[i] for i in _order(ids if readable else [], len(labels))], ideal=ideal)
+    best = ndcg(sorted(labels, reverse=True), ideal=ideal)
+    rank = rank_reward(ndcg(labels, ideal=ideal), reranked, best, readable, scheme)
+    tags_once = isinstance(response, str) and all(response.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    format1 = float(tags_once and WELL_FORMED.fullmatch(response) is not None)
+    format2 = float(block is not None and status == "ok" and FULL_LIST.fullmatch(block) is not None)
+    return Score(0.8 * rank + 0.1 * format1 + 0.1 * format2, rank, format1, format2, reranked)
+
+
+def rank_reward(initial: float, reranked: float, best: float, readable: bool = True, scheme: str = "normalized") -> float:
+    """r_rank from the NDCG@10 of a window as given, as reranked and at its best.
+
+    "normalized" (eq. 5): the share of the possible gain that was gained, (reranked - initial) / (best - initial), at least -1. With nothing
+    to gain (best = initial): 1 for an order that is still best, else what it lost, reranked - best. What was not `readable` left the
+    window as it was and gets 0, also where there was nothing to gain: no reward for saying nothing.
+    "absolute": reranked. "difference": reranked - initial (Table 3's alternatives; a response that is not readable gets the window's own).
+
+    >>> rank_reward(0.5, 0.7, 0.9), rank_reward(0.98, 0.5, 0.99), rank_reward(0.9, 0.9, 0.9), rank_reward(0.9, 0.9, 0.9, readable=False)
+    (0.4999999999999999, -1.0, 1.0, 0.0)
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown reward scheme {scheme!r}: expected one of {', '.join(SCHEMES)}")
+    if scheme == "absolute":
+        return reranked
+    if scheme == "difference":
+        return reranked - initial
+    if not readable:
+        return 0.0
+    if best <= initial:
+        return 1.0 if reranked >= best else reranked - best
+    return max(-1.0, (reranked - initial) / (best - initial))

@@ -1,0 +1,394 @@
+"""Candidates, initial state expansion and BRIGHT: formats survive the round trip, bad input is named, draws are what the paper says."""
+
+import dataclasses
+import gzip
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import BRIGHT_SPLITS, Candidates, InputError, expand, read_candidates, read_qrels, write_candidates
+from reward import ndcg
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real files of ../shared/data are not here")
+
+RANK_LLM = {"query": {"text": "what is a moat", "qid": 7},
+            "candidates": [{"docid": "d1", "score": 2.5, "doc": {"contents": "A moat is water."}},
+                           {"docid": 12, "score": 1, "doc": {"text": "Bread."}}]}
+HITS = {"query": "what is a moat", "hits": [{"content": "A moat is water.", "qid": 7, "docid": "d1", "rank": 1, "score": 2.5},
+                                            {"content": "Bread.", "qid": 7, "docid": "12", "rank": 2, "score": 1.0}]}
+MOAT = Candidates("7", "what is a moat", ["d1", "12"], ["A moat is water.", "Bread."], [2.5, 1.0])
+
+
+def make_list(qid="q", passages=30):
+    """A first-stage list of `passages` passages d0, d1, ... with falling scores."""
+    return Candidates(qid, f"query {qid}", [f"d{n}" for n in range(passages)], [f"text {n}" for n in range(passages)],
+                      [float(passages - n) for n in range(passages)])
+
+
+def labels_of(labels, qid="q"):
+    return {qid: {f"d{n}": label for n, label in enumerate(labels)}}
+
+
+# -- candidates --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [json.dumps(RANK_LLM), json.dumps([RANK_LLM]), json.dumps([RANK_LLM], indent=2), json.dumps([HITS]),
+                                     json.dumps(HITS), "\n" + json.dumps(RANK_LLM) + "\r\n\n", "\ufeff" + json.dumps(RANK_LLM)])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_every_shape_reads_as_the_same_candidates_whatever_the_name(tmp_path, content, compressed):
+    path = tmp_path / ("lists.gz" if compressed else "lists")
+    path.write_bytes(gzip.compress(content.encode()) if compressed else content.encode())
+    assert read_candidates(path) == [MOAT]
+
+
+@pytest.mark.parametrize("doc, text", [({"contents": "c"}, "c"), ({"text": "t", "title": "T"}, "T t"), ({"passage": "p", "title": ""}, "p"),
+                                       ({"segment": "s", "title": None}, "s"), ({"body": "b", "url": "u"}, "b"), ({"contents": ""}, "")])
+def test_the_text_is_found_under_the_field_s_names_and_the_title_goes_first(tmp_path, doc, text):
+    (tmp_path / "c").write_text(json.dumps({**RANK_LLM, "candidates": [{"docid": "d", "score": 1.0, "doc": doc}]}))
+    assert read_candidates(tmp_path / "c")[0].texts == [text]
+
+
+def spoiled(**changes):
+    """RANK_LLM with its second passage changed; a change to None takes the field away."""
+    hit = {**RANK_LLM["candidates"][1], **changes}
+    hits = [RANK_LLM["candidates"][0], {key: value for key, value in hit.items() if value is not None}]
+    return json.dumps({**RANK_LLM, "candidates": hits})
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("{", "expected JSON"), ("3", "JSON object"), ("[]", "empty"), ("", "empty"), ('{"query": "q"}', '"candidates"'),
+    ('{"query": "q", "hits": []}', "qid"), ('{"query": "q", "hits": [3]}', '"hits"'), ('{"query": {"text": "q"}, "candidates": []}', "qid"),
+    ('{"query": {"qid": 1}, "candidates": []}', "the query's text"), ('{"query": {"qid": 1.5, "text": "q"}, "candidates": []}', "qid"),
+    ('{"query": {"qid": true, "text": "q"}, "candidates": []}', "qid"), ('{"query": {"qid": "", "text": "q"}, "candidates": []}', "qid"),
+    (spoiled(docid=None), "passage 2: expected the passage's id"), (spoiled(docid=1.0), "passage's id"), (spoiled(docid="d1"), "twice"),
+    (spoiled(doc={"id": 3}), "passage's text"), (spoiled(doc={"text": 3}), "passage's text"), (spoiled(doc="x"), "objects"),
+    (spoiled(doc={"text": "t", "title": 3}), "a title"), (spoiled(score=None), "finite number"), (spoiled(score="1"), "finite number"),
+    (spoiled(score=True), "finite number"), (spoiled(score=float("nan")), "finite number"), (spoiled(score=10 ** 400), "finite number"),
+    ("[" * 100_000, "expected JSON"), (json.dumps(RANK_LLM) + "\n" + json.dumps(RANK_LLM), "twice"),
+])
+def test_malformed_candidates_are_one_line_that_names_the_file(tmp_path, line, expected):
+    path = tmp_path / "lists.jsonl"
+    path.write_text(line)
+    with pytest.raises(InputError) as error:
+        read_candidates(path)
+    assert expected in str(error.value) and str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_errors_name_the_line_of_jsonl_and_the_record_of_json(tmp_path):
+    path, other = tmp_path / "lists", {**RANK_LLM, "query": {"text": "x", "qid": 8}}
+    path.write_text(json.dumps(other) + "\n\n" + spoiled(score=None))
+    with pytest.raises(InputError, match=r"lists:3, passage 2: "):
+        read_candidates(path)
+    path.write_text("[" + json.dumps(other) + "," + spoiled(score=None) + "]")
+    with pytest.raises(InputError, match=r"lists: record 2, passage 2: "):
+        read_candidates(path)
+    path.write_bytes(b"{}\n\n\xff")
+    with pytest.raises(InputError, match=r"lists:3: expected UTF-8 text, found the byte 0xff"):
+        read_candidates(path)
+
+
+def test_a_damaged_gzip_file_is_one_line(tmp_path):
+    whole = gzip.compress(json.dumps(RANK_LLM).encode())
+    for content in (whole[:-9], whole[:20] + b"damage" + whole[26:], b"not compressed"):
+        (tmp_path / "lists.gz").write_bytes(content)
+        with pytest.raises(InputError, match="lists.gz: not a readable gzip file"):
+            read_candidates(tmp_path / "lists.gz")
+
+
+texts = st.text(max_size=20)  # with every odd line separator, quote and control character there is
+lists = st.builds(lambda qid, query, hits: Candidates(qid, query, list(hits), [t for t, _ in hits.values()], [s for _, s in hits.values()]),
+                  texts.filter(bool), texts, st.dictionaries(texts.filter(bool), st.tuples(texts, st.floats(-1e9, 1e9)), max_size=4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(lists, min_size=1, max_size=3, unique_by=lambda query: query.qid))
+def test_candidates_survive_the_round_trip(tmp_path_factory, queries):
+    path = tmp_path_factory.mktemp("round") / "lists.jsonl.gz"
+    write_candidates(path, queries)
+    assert read_candidates(path) == queries
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_writer(tmp_path):
+    (tmp_path / "in").write_text(spoiled(doc={"text": "broken \ud83d emoji"}))
+    lists = read_candidates(tmp_path / "in")
+    write_candidates(tmp_path / "out", lists)
+    assert read_candidates(tmp_path / "out") == lists and lists[0].texts[1] == "broken ? emoji"
+
+
+@needs_shared
+def test_the_real_dl21_file_and_the_old_shape_agree():
+    lists = read_candidates(SHARED / "dl21_train_dev" / "retrieve_results_dl21_top100.jsonl.gz")
+    assert len(lists) == 53 and all(len(query.docids) == len(query.texts) == len(query.scores) == 100 for query in lists)
+    assert lists[0].qid == "646091" and all(query.scores == sorted(query.scores, reverse=True) for query in lists)
+    by_qid = {query.qid: query for query in lists}
+    for old in read_candidates(SHARED / "dl21_train_dev" / "old_shape_sample.json.gz"):
+        new = by_qid[old.qid]
+        assert (old.query, old.docids, old.texts, old.scores) == (new.query, new.docids[:20], new.texts[:20], new.scores[:20])
+
+
+# -- initial state expansion -------------------------------------------------------------------------------------------
+
+
+def test_a_draw_has_no_passage_twice_and_its_own_labels():
+    query, qrels = make_list(), labels_of([3, 0, 1, 0, 2] * 6)
+    for instance in expand([query], qrels, draws=20, size=7, order="shuffled", keep="all"):
+        assert len(set(instance.docids)) == 7 and sorted(instance.ideal) == sorted(qrels["q"].values())
+        assert instance.labels == [qrels["q"][docid] for docid in instance.docids]
+        assert instance.texts == [query.texts[query.docids.index(docid)] for docid in instance.docids]
+
+
+def test_retrieval_order_sorts_the_very_draws_that_shuffled_order_leaves_as_drawn():
+    query, qrels = make_list(), labels_of([1] * 30)
+    place = {docid: n for n, docid in enumerate(query.docids)}
+    sorted_draws = expand([query], qrels, draws=30, keep="all")
+    shuffled = expand([query], qrels, draws=30, keep="all", order="shuffled")
+    assert [sorted(draw.docids, key=place.get) for draw in shuffled] == [draw.docids for draw in sorted_draws]
+    assert sum(draw.docids == other.docids for draw, other in zip(shuffled, sorted_draws)) == 0
+
+
+def test_every_passage_is_drawn_equally_often():
+    drawn = Counter(docid for draw in expand([make_list()], labels_of([1] * 30), draws=3000, size=10, keep="all") for docid in draw.docids)
+    assert len(drawn) == 30 and all(abs(count - 1000) < 150 for count in drawn.values())  # 150 is almost 6 standard deviations
+
+
+def test_draws_depend_on_the_seed_and_the_query_alone():
+    a, b = make_list("a"), make_list("b")
+    qrels = labels_of([1, 0] * 15, "a") | labels_of([0, 1] * 15, "b")
+    alone, together, turned = expand([a], qrels), expand([a, b], qrels), expand([b, a], qrels)
+    assert [draw for draw in together if draw.qid == "a"] == alone == [draw for draw in turned if draw.qid == "a"]
+    assert [draw.docids for draw in alone] != [draw.docids for draw in together if draw.qid == "b"][:len(alone)]
+    assert expand([a], qrels, seed=1) != alone
+    # The same on every machine and in every process: instances made today can be made again tomorrow.
+    assert expand([a], qrels, draws=1, size=5, keep="all")[0].docids == ["d7", "d8", "d21", "d22", "d25"]
+
+
+def test_filters_look_at_the_initial_order_the_best_order_or_nothing():
+    query, qrels = make_list(passages=30), labels_of([1] + [0] * 29)
+    everything = expand([query], qrels, keep="all")
+    assert len(everything) == 100
+    with_relevant = [draw for draw in everything if any(draw.labels)]
+    assert 0 < len(with_relevant) < 100
+    assert expand([query], qrels, keep="best", min_ndcg=0.1) == with_relevant
+    assert expand([query], qrels, keep="initial") == []  # the relevant passage is always first: nothing to gain
+    shuffled = expand([query], qrels, order="shuffled", min_ndcg=0.5)
+    assert shuffled and all(0.5 <= ndcg(draw.labels, ideal=draw.ideal) < 1 for draw in shuffled)
+
+
+def test_the_ideal_is_over_all_judgements_of_the_query():
+    qrels = labels_of([0, 1] + [0] * 28)
+    qrels["q"].update({f"unretrieved{n}": 3 for n in range(10)})  # they make every draw's NDCG@10 tiny
+    assert expand([make_list()], qrels) == [] and len(expand([make_list()], qrels, min_ndcg=0.0)) > 0
+
+
+def test_a_list_no_longer_than_the_draw_is_drawn_once_and_whole():
+    for passages in (1, 19, 20):
+        instances = expand([make_list(passages=passages)], labels_of([1] * passages), keep="all")
+        assert len(instances) == 1 and instances[0].docids == [f"d{n}" for n in range(passages)]
+
+
+def test_unjudged_queries_and_lists_without_anything_relevant_in_the_top_10_give_nothing():
+    counts = Counter()
+    lists, qrels = [make_list("a"), make_list("b"), make_list("c")], labels_of([0] * 10 + [1] * 20, "b") | labels_of([0, 1] * 15, "c")
+    assert {draw.qid for draw in expand(lists, qrels, keep="all", counts=counts)} == {"c"}
+    assert counts == {"judged": 2, "found": 1, "draws": 100, "above": 100, "kept": 100}
+
+
+def test_negative_labels_count_as_not_relevant():
+    assert set(expand([make_list()], labels_of([-2, 1] * 15), keep="all")[0].labels) == {0, 1}
+
+
+@pytest.mark.parametrize("bad", [{"order": "random"}, {"keep": "some"}, {"draws": 0}, {"size": 0}])
+def test_senseless_settings_are_refused(bad):
+    with pytest.raises(ValueError):
+        expand([make_list()], labels_of([1] * 30), **bad)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sets(st.integers(0, 9)), st.sampled_from(["initial", "best", "all"]), st.integers(0, 2 ** 64))
+def test_expansion_never_leaks_a_held_out_query(held_out, keep, seed):
+    lists = [make_list(str(n), 12) for n in range(10)]
+    qrels = {str(n): {f"d{m}": random.Random(n * m).randrange(3) for m in range(12)} for n in range(10)}
+    exclude = {str(n) for n in held_out}
+    instances = expand(lists, qrels, draws=3, size=6, keep=keep, seed=seed, exclude=exclude)
+    assert not {draw.qid for draw in instances} & exclude
+    free = expand(lists, qrels, draws=3, size=6, keep=keep, seed=seed)
+    assert instances == [draw for draw in free if draw.qid not in exclude]  # and holding out changes no other query's draws
+
+
+def test_instances_survive_the_round_trip_and_bad_ones_are_named(tmp_path):
+    instances = expand([make_list()], labels_of([0, 1, 2] * 10), draws=5)
+    data.write_instances(tmp_path / "i.jsonl", instances)
+    assert data.read_instances(tmp_path / "i.jsonl") == instances and len(instances) == 5
+    good = dataclasses.asdict(instances[0])
+    for spoil in ({"labels": good["labels"][1:]}, {"labels": ["1"] * 20}, {"labels": [True] * 20}, {"extra": 1}, {"docids": "abc"},
+                  {"texts": [None] * 20}, {"docids": [], "texts": [], "labels": []}):
+        (tmp_path / "bad.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | spoil))
+        with pytest.raises(InputError, match="bad.jsonl:2: expected"):
+            data.read_instances(tmp_path / "bad.jsonl")
+
+
+def test_repeated_texts_and_their_differing_labels_are_counted():
+    query = Candidates("q", "x", list("abcde"), ["one  text", "one text", "two", "one text ", "two"], [5, 4, 3, 2, 1])
+    assert data.repeated_passages([query], {"q": {"a": 1, "b": 1, "d": 2, "c": 1}}) == (3, 2)
+
+
+@needs_shared
+def test_dl21_gives_the_counts_of_the_authors_procedure():
+    lists = read_candidates(SHARED / "dl21_train_dev" / "retrieve_results_dl21_top100.jsonl.gz")
+    qrels = read_qrels(SHARED / "dl21_train_dev" / "qrels.dl21-passage.txt.gz")
+    instances = expand(lists, qrels, counts=(counts := Counter()))
+    assert (counts["judged"], counts["found"], counts["draws"]) == (53, 51, 5100)
+    assert {query.qid for query in lists} - {draw.qid for draw in instances} == {"23287", "226975"}
+    assert counts["above"] / counts["draws"] == pytest.approx(0.857, abs=0.01) and len(instances) == counts["kept"] <= counts["above"]
+    over_the_drawn = [ndcg(draw.labels) >= 0.1 for draw in expand(lists, qrels, keep="all")]  # the mistake PAPER.md warns of
+    assert sum(over_the_drawn) / len(over_the_drawn) == pytest.approx(0.946, abs=0.01)
+    assert data.repeated_passages(lists, qrels)[0] == 795
+
+
+def test_the_command_prints_every_stage_and_holds_queries_out(tmp_path, capsys):
+    write_candidates(tmp_path / "c", [make_list("a"), make_list("b")])
+    (tmp_path / "q").write_text("".join(f"{qid} 0 d{n} {n % 2}\n" for qid in "ab" for n in range(30)))
+    (tmp_path / "held").write_text("b 0 d1 1\n\nb 0 d2 1\n")
+    command = ["expand", "--candidates", str(tmp_path / "c"), "--qrels", str(tmp_path / "q"), "--output", str(tmp_path / "out")]
+    data.main([*command, "--draws", "10", "--exclude-queries", str(tmp_path / "held")])
+    printed = capsys.readouterr().out
+    assert "1  queries held out" in printed and "10  draws\n" in printed and "0  of 60 passages repeat" in printed
+    assert {draw.qid for draw in data.read_instances(tmp_path / "out")} == {"a"}
+    with pytest.raises(InputError, match="query a is in more than one"):
+        data.main([*command, "--candidates", str(tmp_path / "c"), str(tmp_path / "c")])
+
+
+# -- BRIGHT ------------------------------------------------------------------------------------------------------------
+
+
+def make_bright(folder, split="leetcode", run="0 Q0 a_b 1 3.0 t\n0 Q0 c 2 2.0 t\n0 Q0 d/e 3 1.0 t\n"):
+    """The layout of the authors' archive with one split of three documents, one of which has a space in its id."""
+    root = folder / "data" / "bright"
+    corpus = "".join(json.dumps({"id": docid, "contents": f"text of {docid}"}) + "\n" for docid in ("a b", "c", "d/e"))
+    files = {f"data/pyserini_queries/{split}.tsv": "0\thow\tto sort\n", f"data/pyserini_corpus/{split}/{split}.jsonl": corpus,
+             f"data/pyserini_qrels/{split}.tsv": "0\t0\ta b\t1\n0\t0\tc\t1\n", f"runs_bm25/bm25.{split}.filtered.trec": run}
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return folder
+
+
+def test_excluded_documents_leave_before_the_cut(tmp_path):
+    folder = make_bright(tmp_path)
+    assert data.read_bright("leetcode", folder, k=2)[0].docids == ["a_b", "c"]
+    lists = data.read_bright("leetcode", folder, exclude={"0": {"a_b"}}, k=2)
+    assert lists == [Candidates("0", "how\tto sort", ["c", "d/e"], ["text of c", "text of d/e"], [2.0, 1.0])]
+    (folder / "exclude.bright-leetcode.txt").write_text("0 c\n")  # found without being asked for
+    assert data.read_bright("leetcode", folder)[0].docids == ["a_b", "d/e"]
+
+
+def test_docids_with_spaces_survive_from_corpus_to_evaluation(tmp_path):
+    folder = make_bright(tmp_path)
+    lists = data.read_bright("leetcode", folder)
+    assert lists[0].docids[0] == "a_b" and lists[0].texts[0] == "text of a b"
+    data.write_run(tmp_path / "runs" / "leetcode.trec", {query.qid: query.docids for query in lists}, "test")
+    assert data.bright_scores(tmp_path / "runs" / "leetcode.trec", data.bright_file(folder, "leetcode", "qrels")) == {"0": 1.0}
+
+
+def test_judgements_are_never_excluded(tmp_path):
+    folder = make_bright(tmp_path)
+    run, qrels = data.bright_file(folder, "leetcode", "run"), data.bright_file(folder, "leetcode", "qrels")
+    assert data.bright_scores(run, qrels, {"0": {"a_b"}})["0"] == pytest.approx(ndcg([1], ideal=[1, 1]))
+
+
+def test_equal_scores_are_ordered_by_docid_descending():
+    assert data.ranked({"b": 1.0, "é": 1.0, "a": 2.0, "c": 1.0}) == ["a", "é", "c", "b"]
+
+
+def test_bright_scores_are_those_of_eval(tmp_path):
+    evaluate = pytest.importorskip("eval").evaluate
+    rng = random.Random(0)
+    docids = [f"d{n}" for n in range(40)]
+    run = {str(q): {docid: float(rng.randrange(8)) for docid in rng.sample(docids, 30)} for q in range(20)}
+    qrels = {str(q): {docid: rng.randrange(-1, 3) for docid in rng.sample(docids, 15)} for q in range(20)}
+    (tmp_path / "run").write_text("".join(f"{q} Q0 {docid} 1 {score} t\n" for q in run for docid, score in run[q].items()))
+    (tmp_path / "qrels").write_text("".join(f"{q} 0 {docid} {label}\n" for q in qrels for docid, label in qrels[q].items()))
+    expected = {qid: values["ndcg_cut_10"] for qid, values in evaluate(qrels, run, ["ndcg_cut.10"]).items()}
+    assert data.bright_scores(tmp_path / "run", tmp_path / "qrels") == pytest.approx(expected, abs=1e-12)
+
+
+def test_both_forms_of_the_exclusions_are_read(tmp_path):
+    (tmp_path / "pairs").write_text("0 a b\n\n0\tc\n1 d\n")
+    rows = [{"id": "0", "excluded_ids": ["a b", "c"]}, {"id": 1, "excluded_ids": ["d"]}, {"id": "2", "excluded_ids": ["N/A"]},
+            {"id": "3", "excluded_ids": []}]
+    (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
+    assert data.read_excluded(tmp_path / "pairs") == data.read_excluded(tmp_path / "rows") == {"0": {"a_b", "c"}, "1": {"d"}}
+    for bad in ("0 a\n1\n", '{"id": "0", "excluded_ids": ["a"]}\n{"id": "1", "excluded_ids": "N/A"}'):
+        (tmp_path / "bad").write_text(bad)
+        with pytest.raises(InputError, match="bad:2: expected"):
+            data.read_excluded(tmp_path / "bad")
+
+
+def test_what_is_missing_or_ambiguous_is_said(tmp_path):
+    folder = make_bright(tmp_path, run="0 Q0 z 1 3.0 t\n")
+    for arguments, expected in ((("chess", folder), "no BRIGHT split 'chess'"), (("leetcode", folder), "z is not in"),
+                                (("pony", folder), "no queries and no corpus and no run"), (("pony", tmp_path / "x"), "expected a folder")):
+        with pytest.raises(InputError, match=expected):
+            data.read_bright(*arguments)
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.pony.trec").write_text("")
+    with pytest.raises(InputError, match="could both be the run of pony"):
+        data.bright_file(tmp_path, "pony", "run")
+
+
+def test_the_headline_is_the_unweighted_mean_of_the_splits(tmp_path, capsys):
+    for n, split in enumerate(BRIGHT_SPLITS):
+        (tmp_path / f"run.{split.replace('_', '-')}.txt").write_text("0 Q0 x 1 2 t\n0 Q0 y 2 1 t\n")
+        (tmp_path / "qrels").mkdir(exist_ok=True)
+        gold = [f"{qid} 0 {'x' if n < 3 else 'z'} 1\n" for qid in range(n + 1)]  # a query that the run lacks counts 0
+        (tmp_path / "qrels" / f"qrels.bright-{split.replace('_', '-')}.txt").write_text("".join(gold))
+    (tmp_path / "qrels" / "qrels.bright-pony.fixed.txt").write_text("0 0 y 1\n")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for path in tmp_path.glob("run.*"):
+        path.rename(runs / path.name)
+    data.main(["bright-eval", "--runs", str(runs), "--qrels", str(tmp_path / "qrels")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 13 and [float(line.split()[1]) for line in lines[:4]] == [100, 50, 33.33, 0]
+    assert float(lines[-1].split()[1]) == round((100 + 50 + 100 / 3) / 12, 2) and "12 splits" in lines[-1]
+    for path in runs.iterdir():
+        if "pony" not in path.name:
+            path.unlink()
+    data.main(["bright-eval", "--runs", str(runs), "--qrels", str(tmp_path / "qrels"), "--fixed"])
+    assert capsys.readouterr().out.splitlines()[-1].split()[1:5] == ["63.09", "1", "of", "12"]
+
+
+def test_the_split_files_are_written_for_the_reranker(tmp_path, capsys):
+    data.main(["bright", "--folder", str(make_bright(tmp_path)), "--output", str(tmp_path / "out"), "--splits", "leetcode"])
+    assert read_candidates(tmp_path / "out" / "leetcode.jsonl") == data.read_bright("leetcode", tmp_path)
+
+
+@needs_shared
+def test_the_real_exclusions_and_judgements_are_exact():
+    folder = SHARED / "bright"
+    excluded = data.read_excluded(folder / "exclude.bright-leetcode.txt.gz")
+    assert len(excluded) == 142 and sum(map(len, excluded.values())) == 33_485 and max(map(len, excluded.values())) == 1119
+    assert excluded == data.read_excluded(folder / "topics.bright-leetcode-original.jsonl.gz")
+    for split, queries, plain, fixed in (("biology", 103, 372, 393), ("leetcode", 142, None, None), ("theoremqa-theorems", 76, None, None)):
+        assert len(data.read_texts(data.bright_file(folder, split, "queries"))[0]) == queries
+        judged = read_qrels(data.bright_file(folder, split, "qrels"))
+        assert len(judged) == queries and plain in (None, sum(map(len, judged.values())))
+        corrected = read_qrels(data.bright_file(folder, split, "fixed qrels"))
+        assert len(corrected) == queries and fixed in (None, sum(map(len, corrected.values())))
+        if split != "leetcode":
+            assert data.read_excluded(data.bright_file(folder, split, "exclude")) == {}
+        else:  # no query's answer is among its excluded documents
+            assert not any(excluded[qid] & set(docids) for qid, docids in judged.items())
+
+
+def test_without_a_command_the_usage_is_printed_and_a_wrong_one_is_refused(capsys):
+    assert data.main([]) == 0 and "python data.py download" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no command 'fetch': expected download"):
+        data.main(["fetch"])
