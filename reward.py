@@ -10,7 +10,7 @@ complete `<answer>...</answer>` after the reasoning and nothing else. Every text
 
 Where we depart from the paper or from the authors' code:
 - A window with nothing to gain, where eq. 5 divides by zero, pays 1 for an order that is still best (the authors: 0).
-- r_rank is never below -1: in an almost ideal window eq. 5 can reach -50, and one bad sample would decide its whole group.
+- r_rank is never below -1: in an almost ideal window eq. 5 can fall below -200, and one bad sample would decide its whole group.
 - r_format1 wants exactly one think and one answer block and nothing around them; r_format2 wants every passage named once. The authors
   search for the patterns anywhere, so that `[3]` alone passes: a nearly free reward, as passages not named keep their places.
 """
@@ -96,27 +96,25 @@ def _named(text: str) -> list[int]:
 
 
 def _read(response: str | None, n: int) -> tuple[list[int], str, str | None]:
-    """Contract 1-4 and 7: the ids a response names, the status, and the answer block if it is one that the reward may read (else None)."""
+    """Contract 1-4 and 7: the ids a response names, the status, and the answer block if the reward may read it (else None)."""
     if not isinstance(response, str) or not response.strip():
         return [], "empty", None
     # 2. After the *first* </think>, last block first: this is the last block after the last </think> wherever there is one. Splitting at
     # <answer> gives each closing tag its nearest opening one, and pieces that do not overlap, so that all of them together are read once.
     start = response.find("</think>") + len("</think>") if "</think>" in response else 0
-    lead, *pieces = response[start:].split("<answer>")
-    position, last = len(response), None  # where the current piece begins; the last block's text and where it begins
+    _, *pieces = response[start:].split("<answer>")
+    position, complete = len(response), False  # `position`: where the current piece begins
     for piece in reversed(pieces):
         position -= len(piece)
         if "</answer>" in piece:
-            last = last or (piece.rpartition("</answer>")[0], position)
+            complete = True
             # A stray second </answer> turns the list inside the block into prose; the block up to the first one is still a list.
             for block in (piece.rpartition("</answer>")[0], piece.partition("</answer>")[0]):
                 ids = _named(block)
                 if any(0 < i <= n for i in ids):
                     return ids, "ok" if sorted(ids) == list(range(1, n + 1)) else "repaired", _strict(response, block, position)
         position -= len("<answer>")
-    if last:
-        return [], "malformed", _strict(response, *last)
-    return *_read_without_block(response, n), None
+    return ([], "malformed", None) if complete else (*_read_without_block(response, n), None)
 
 
 def _strict(response: str, block: str, position: int) -> str | None:
@@ -131,7 +129,7 @@ def _read_without_block(response: str, n: int) -> tuple[list[int], str]:
     """
     tail = response[response.rfind("</think>") + len("</think>"):] if "</think>" in response else response
     ids = _named(tail)
-    untagged = "<answer>" not in tail and "<think>" not in tail and any(0 < i <= n for i in ids)
+    untagged = "<answer>" not in tail and any(0 < i <= n for i in ids)
     opened = response.rfind("<answer>")
     if opened >= 0 and "</answer>" not in response[opened:] and not untagged:
         return _named(response[opened + len("<answer>"):].rstrip("0123456789")), "truncated"  # "[1" may be the beginning of "[12]"
@@ -172,11 +170,10 @@ def score_response(response: str | None, labels: Sequence[int], ideal: Sequence[
     0.0
     """
     ids, status, block = _read(response, len(labels))
-    readable = block is not None and status in ("ok", "repaired")
     # The labels move with the passages: NDCG is of the new order, never of first-stage scores that stay with the positions.
-    reranked = ndcg([labels[i] for i in _order(ids if readable else [], len(labels))], ideal=ideal)
+    reranked = ndcg([labels[i] for i in _order([] if block is None else ids, len(labels))], ideal=ideal)
     best = ndcg(sorted(labels, reverse=True), ideal=ideal)
-    rank = rank_reward(ndcg(labels, ideal=ideal), reranked, best, readable, scheme)
+    rank = rank_reward(ndcg(labels, ideal=ideal), reranked, best, block is not None, scheme)
     tags_once = isinstance(response, str) and all(response.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
     format1 = float(tags_once and WELL_FORMED.fullmatch(response) is not None)
     format2 = float(block is not None and status == "ok" and FULL_LIST.fullmatch(block) is not None)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import data
 from data import BM25, InputError, tokenize
 
-words = st.lists(st.sampled_from("rain storm moat oak tide a b c".split()), max_size=12)
+words = st.lists(st.sampled_from("rain storm moat oak tide 1 2 x".split()), max_size=12)
 corpora = st.lists(words, min_size=1, max_size=12).filter(any)
 
 
@@ -56,6 +56,19 @@ def test_passages_that_share_no_word_are_not_returned():
 
 def test_words_are_runs_of_letters_and_digits_in_lower_case():
     assert tokenize("The cat's MOAT_2, naïve—3.5€ 水の") == ["the", "cat", "s", "moat", "2", "naïve", "3", "5", "水の"]
+
+
+def test_stop_words_count_neither_as_words_nor_as_length():
+    plain, padded = BM25(["moat castle", "oak"]), BM25(["the moat of a castle", "This is an oak"])
+    assert padded.search("what is the moat")[1] == plain.search("moat")[1] and padded.search("the of is") == ([], [])
+    assert BM25(["thi"]).search("this") == ([], [])  # recognised before its s is taken off
+
+
+def test_plurals_are_found_by_their_singulars_and_the_other_way_round():
+    index = BM25(["moats", "a pony", "glass", "buses bus"])
+    assert [index.search(query)[0] for query in ("moat", "ponies", "glass", "glas", "bus")] == [[0], [1], [2], [], [3]]
+    assert [*map(data.singular, "ponies horses oaks glass bus trees shoes its".split())] == [
+        "pony", "horse", "oak", "glass", "bus", "tree", "shoe", "its"]
 
 
 def test_bm25s_gives_the_same_scores():

@@ -1,0 +1,328 @@
+"""eval.py: trec_eval's numbers to the last digit, its output to the last byte, and statistics that can be checked by hand."""
+
+import gzip
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytrec_eval
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eval as trec
+from data import InputError
+from eval import bootstrap_interval, evaluate, parse_measures, randomisation_test
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "data"
+PLAIN = ["num_ret", "num_rel", "num_rel_ret", "map", "bpref", "recip_rank", "P", "recall", "ndcg", "ndcg_cut", "map_cut", "success"]
+CUT = ["P.1,3,7", "recall.1,2,50", "ndcg_cut.1,3,4", "map_cut.2,3", "success.3"]
+
+
+def generated_case(rng: random.Random) -> tuple[dict, dict]:
+    """Judgements and a run with ties, missing queries, negative and unjudged documents, and scores that float32 holds exactly."""
+    pool = [rng.choice(["d", "é", "msmarco_passage_0", "Z", "中", "x.", "longer-than-two-words-"]) + str(rng.randrange(30)) for _ in range(40)]
+    qrels, run = {}, {}
+    for qid in rng.sample(["1", "2", "10", "qé", "a", "b9", "9"], rng.randrange(2, 7)):
+        if rng.random() < 0.9:
+            qrels[qid] = {docid: rng.choice([-2, -1, 0, 0, 1, 1, 2, 3, 5]) for docid in rng.sample(pool, rng.randrange(1, 40))}
+            qrels[qid][rng.choice(pool)] = 0                                   # trec_eval reads stray memory where all labels are negative
+        if rng.random() < 0.9:
+            score = lambda: float(np.float32(rng.choice([rng.uniform(-3, 3), rng.randrange(4), -0.0])))  # noqa: E731
+            run[qid] = {docid: score() for docid in rng.sample(pool, rng.randrange(1, 40))}
+    return qrels, run
+
+
+def of_pytrec_eval(qrels: dict, run: dict, measures: list[str], level: int) -> dict:
+    """One measure family a call: pytrec_eval keeps one list of cutoffs for each."""
+    if not set(qrels) & set(run):
+        return {}
+    return pytrec_eval.RelevanceEvaluator(qrels, set(measures), relevance_level=level).evaluate(run)
+
+
+@pytest.mark.parametrize("measures", [PLAIN, CUT], ids=["default cutoffs", "chosen cutoffs"])
+def test_every_measure_equals_pytrec_eval_on_two_thousand_cases(measures):
+    rng, compared = random.Random(7), 0
+    for _ in range(1000):
+        (qrels, run), level = generated_case(rng), rng.choice([1, 1, 1, 2, 3])
+        ours, theirs = evaluate(qrels, run, measures, level), of_pytrec_eval(qrels, run, measures, level)
+        assert ours == {qid: theirs[qid] for qid in ours} and set(ours) == set(qrels) & set(run)
+        compared += sum(map(len, ours.values()))
+    assert compared > 10_000
+
+
+# --- files and the command line
+
+
+def write_messy(path: Path, qrels: dict, run: dict, rng: random.Random) -> tuple[str, str]:
+    """The same as files: queries interleaved, tabs and blanks mixed, comments, CRLF, blank lines, wrong ranks, gzip for one of them."""
+    judged = [f"{qid} 0 {docid} {label}" for qid, labels in qrels.items() for docid, label in labels.items()]
+    found = [f"{qid} Q0 {docid} {rng.randrange(99)} {score!r} tag" for qid, scores in run.items() for docid, score in scores.items()]
+    for lines in (judged, found):
+        rng.shuffle(lines)
+        lines[:] = [line.replace(" ", rng.choice([" ", "\t", "   ", " \t"]), rng.randrange(5)) + rng.choice(["", "\r", " "]) for line in lines]
+    found.insert(len(found) // 2, "\n# half of it\n \t")
+    (path / "qrels.gz").write_bytes(gzip.compress("\n".join(["# comment", *judged]).encode()))
+    (path / "run").write_bytes("\n".join(found).encode())
+    return str(path / "qrels.gz"), str(path / "run")
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "eval.py"), *map(str, arguments)], capture_output=True, check=False)
+
+
+def printed(capsysbinary, *arguments) -> bytes:
+    """What main prints (the same process: 20 times faster)."""
+    trec.main([*map(str, arguments)])
+    return capsysbinary.readouterr().out
+
+
+def expected_output(qrels, run, measures, level=1, queries=False, complete=False) -> bytes:
+    """What trec_eval prints, from pytrec_eval's values and trec_eval's documented rules."""
+    theirs = of_pytrec_eval(qrels, run, measures, level)
+    qids = sorted(theirs, key=str.encode)
+    keys = [key for measure in ("num_ret", "num_rel", "num_rel_ret", "map", "bpref", "recip_rank", "P", "recall", "ndcg", "ndcg_cut", "map_cut",
+                                "success") for key in sorted(theirs[qids[0]], key=lambda key: int(key.rsplit("_", 1)[-1]) if key[-1].isdigit() else 0)
+            if key == measure or key.startswith(measure + "_") and key[len(measure) + 1:].isdigit()]
+    lines, number = [], lambda key, value: f"{value:.0f}" if key.startswith("num") else f"{value:6.4f}"
+    if queries:
+        lines += [f"{key:22s}\t{qid}\t{number(key, theirs[qid][key])}" for qid in qids for key in keys]
+    num_q = len(qrels) if complete else len(qids)
+    lines.append(f"{'num_q':22s}\tall\t{num_q}")
+    for key in keys:
+        total = 0.0
+        for qid in qids:
+            total += theirs[qid][key]
+        if key == "num_rel" and complete:
+            total = sum(label > 0 for labels in qrels.values() for label in labels.values())
+        lines.append(f"{key:22s}\tall\t{number(key, total if key.startswith('num') else total / num_q)}")
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def test_the_output_of_messy_files_is_trec_evals_to_the_last_byte(tmp_path, capsysbinary):
+    rng, seen = random.Random(11), 0
+    while seen < 150:
+        (qrels, run), level = generated_case(rng), rng.choice([1, 2])
+        if not set(qrels) & set(run):
+            continue
+        seen += 1
+        measures, queries, complete = rng.choice([PLAIN, CUT]), rng.random() < 0.5, rng.random() < 0.5
+        options = [*itertools.chain(*(("-m", measure) for measure in rng.sample(measures, len(measures)))), "-m", "num_q", "-l", level]
+        options += ["-q"] * queries + ["-c"] * complete
+        output = printed(capsysbinary, *write_messy(tmp_path, qrels, run, rng), *options)
+        assert output == expected_output(qrels, run, measures, level, queries, complete)
+
+
+def files(path: Path, qrels: str, run: str) -> tuple[Path, Path]:
+    (path / "qrels").write_text(qrels)
+    (path / "run").write_text(run)
+    return path / "qrels", path / "run"
+
+
+def test_equal_scores_are_ordered_by_docid_descending_in_bytes(tmp_path, capsysbinary):
+    # In UTF-8 bytes z < é < 中; the rank column, which says the opposite, is ignored, and 10 is before 9.
+    judged = files(tmp_path, "1 0 中 1\n2 0 9 1\n3 0 é 1\n", "1 Q0 z 1 2 t\n1 Q0 é 2 2 t\n1 Q0 中 3 2 t\n2 Q0 10 1 5 t\n2 Q0 9 2 5 t\n"
+                   "3 Q0 z 1 1 t\n3 Q0 é 2 1 t\n3 Q0 é0 3 1 t\n")
+    assert printed(capsysbinary, *judged, "-m", "recip_rank", "-q").split()[2::3] == [b"1.0000", b"1.0000", b"0.5000", b"0.8333"]
+
+
+def test_scores_are_compared_as_float64(tmp_path, capsysbinary):
+    judged = files(tmp_path, "1 0 a 1\n", "1 Q0 b 1 12.000000000000001 t\n1 Q0 a 2 12.000000000000003 t\n1 Q0 c 3 12 t\n")
+    assert printed(capsysbinary, *judged, "-m", "P.1").endswith(b"1.0000\n")
+    assert np.float32(12.000000000000003) == np.float32(12)
+
+
+def test_one_query_from_end_to_end(tmp_path, capsysbinary):
+    """NDCG@3 by hand: labels 1, 0, 3 in ranked order; the best ranking of the judged has 3, 2, 1."""
+    judged = files(tmp_path, "q 0 a 3\nq 0 b 2\nq 0 c 1\nq 0 d 0\n", "q Q0 c 1 3 t\nq Q0 d 2 2 t\nq Q0 a 3 1 t\nother Q0 a 1 1 t\n")
+    dcg, ideal = 1 / np.log2(2) + 3 / np.log2(4), 3 / np.log2(2) + 2 / np.log2(3) + 1 / np.log2(4)
+    assert printed(capsysbinary, *judged, "-m", "ndcg_cut.3") == f"{'ndcg_cut_3':22s}\tall\t{dcg / ideal:6.4f}\n".encode()
+    # map: relevant at ranks 1 and 3 of 3 relevant. bpref: N = 1 nonrelevant stands above the second, none above the first.
+    assert printed(capsysbinary, *judged, "-m", "map", "-m", "bpref", "-m", "num_rel").split()[2::3] == [b"3", b"0.5556", b"0.3333"]
+    assert printed(capsysbinary, *judged, "-m", "num_rel_ret", "-l", 2, "-m", "ndcg_cut.3").split()[2::3] == [b"1", f"{dcg / ideal:.4f}".encode()]
+
+
+def test_missing_queries_are_skipped_or_count_as_zero(tmp_path, capsysbinary):
+    judged = files(tmp_path, "1 0 a 1\n1 0 b 2\n2 0 a 1\n3 0 a -1\n", "1 Q0 a 1 1 t\n4 Q0 a 1 1 t\n")
+    numbers = ("-m", "num_q", "-m", "num_rel", "-m", "P.1", "-m", "num_ret")
+    assert printed(capsysbinary, *judged, *numbers).split()[2::3] == [b"1", b"1", b"2", b"1.0000"]
+    assert printed(capsysbinary, *judged, *numbers, "-c").split()[2::3] == [b"3", b"1", b"3", b"0.3333"]
+    # trec_eval's num_rel of all queries does not ask for the level
+    assert printed(capsysbinary, *judged, *numbers, "-c", "-l2").split()[2::3] == [b"3", b"1", b"3", b"0.0000"]
+
+
+def test_default_measures_in_trec_evals_order(tmp_path, capsysbinary):
+    judged = files(tmp_path, "1 0 a 1\n", "1 Q0 a 1 1 t\n")
+    assert printed(capsysbinary, *judged).split()[::3] == [b"map", b"recip_rank", b"P_10", b"recall_100", b"ndcg_cut_10"]
+
+
+def test_measures_are_named_as_trec_eval_takes_them(capsys):
+    assert parse_measures(["success", "P.10,5", "map"]) == {"map": [], "P": [5, 10], "success": [1, 5, 10]}
+    assert parse_measures(["P.7,5", "P.100", "P"])["P"] == [5, 7, 10, 15, 20, 30, 100, 200, 500, 1000]
+    # trec_eval itself keeps only the first list, sometimes to its user's surprise
+    assert parse_measures(["P.7,5", "P.100", "P"], merge=False) == {"P": [5, 7]} and "only the first" in capsys.readouterr().err
+    for name in ("MAP", "ndcg_cut_10", "P.", "P.0", "P.-1", "P.5,5", "P.5,,6", "P.x", "map.5", "P.²", "", "P.5 ", "P.1_0"):
+        with pytest.raises(InputError):
+            parse_measures([name])
+
+
+@pytest.mark.parametrize("qrels, run, options, said", [
+    ("1 0 a 1\n", "1 Q0 a 1 1 t\n1 Q0 a 2 0 t\n", [], b"run:2: "),                 # a document twice
+    ("1 0 a 1\n", "1 Q0 a 1 1\n", [], b"run:1: "),
+    ("1 0 a\n", "1 Q0 a 1 1 t\n", [], b"qrels:1: "),
+    ("1 0 a 1\n1 0 a 1\n", "1 Q0 a 1 1 t\n", [], b"qrels:2: "),
+    ("1 0 a 1\n", "2 Q0 a 1 1 t\n", [], b"no query in common"),
+    ("1 0 a 1\n", "1 Q0 a 1 1 t\n", ["-m", "nDCG"], b"unknown measure"),
+    ("1 0 a 1\n", "1 Q0 a 1 1 t\n", ["-l", "-1"], b"expected 0 or more"),
+    ("1 0 a 1\n", None, [], b"No such file"),
+])
+def test_bad_input_is_one_line_and_status_2_and_nothing_on_stdout(tmp_path, qrels, run, options, said):
+    judged, found = files(tmp_path, qrels, run or "")
+    result = command(judged, found if run else tmp_path / "absent", *options)
+    assert result.returncode == 2 and not result.stdout
+    assert said in result.stderr and result.stderr.count(b"\n") == 1
+
+
+def test_ids_that_are_not_utf8_pass_through(tmp_path):
+    (tmp_path / "qrels").write_bytes(b"caf\xe9 0 a 1\n")
+    (tmp_path / "run").write_bytes(b"caf\xe9 Q0 a 1 1 t\n")
+    assert command(tmp_path / "qrels", tmp_path / "run", "-q", "-m", "map").stdout.startswith(b"map                   \tcaf\xe9\t1.0000\n")
+
+
+def test_nothing_heavy_is_imported():
+    code = "import sys, eval; print([name for name in ('torch', 'transformers', 'scipy', 'pandas', 'tqdm') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=True).stdout.strip() == b"[]"
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data")
+@pytest.mark.parametrize("folder, value", [("dl19_eval_dev", b"0.5058"), ("dl21_train_dev", b"0.4458")])
+def test_bm25_has_its_published_ndcg(folder, value, capsysbinary):
+    (qrels,), (run,) = (REAL / folder).glob("qrels*"), (REAL / folder).glob("trec_results*")
+    assert printed(capsysbinary, qrels, run, "-m", "ndcg_cut.10").split()[2] == value
+
+
+# --- the dict API
+
+
+def test_evaluate_refuses_what_it_would_have_to_guess():
+    for qrels, run in (({"1": {"a": 0.5}}, {"1": {"a": 1.0}}), ({"1": {"a": 1}}, {"1": {"a": float("nan")}}), ({"1": {"a": 1}}, {"1": {"a": "1"}})):
+        with pytest.raises(InputError):
+            evaluate(qrels, run, ["map"])
+    assert evaluate({"1": {"a": 1}}, {"2": {"a": 1.0}}, ["map"]) == evaluate({}, {}, ["map"]) == {}
+    assert evaluate({"1": {"a": 1}}, {"1": {}}, ["map", "num_ret"]) == {"1": {"num_ret": 0.0, "map": 0.0}}
+
+
+def test_labels_are_looked_up_by_the_pair_and_not_by_its_hash(monkeypatch):
+    """Under a hash that hardly tells anything apart (and at first not even the judgements), the numbers are the same."""
+    rng, honest = random.Random(3), trec.pair_keys
+    cases = [generated_case(rng) for _ in range(40)]
+    expected = [evaluate(*case, PLAIN) for case in cases]
+    calls = []
+
+    def weak(query, docids, salt=0):
+        calls.append(salt)
+        return honest(query, docids, salt) % np.uint64(3 if salt < 2 else 1 << 12)
+
+    monkeypatch.setattr(trec, "pair_keys", weak)
+    assert [evaluate(*case, PLAIN) for case in cases] == expected and max(calls) > 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(labels=st.lists(st.integers(-1, 3), min_size=1, max_size=30), k=st.integers(1, 12))
+def test_the_ideal_order_has_ndcg_1_and_no_order_has_more(labels, k):
+    qrels = {"q": {f"d{n}": label for n, label in enumerate(labels)}}
+    given_order = {"q": {f"d{n}": float(-n) for n in range(len(labels))}}
+    ideal = {"q": {docid: float(label) for docid, label in qrels["q"].items()}}
+    name = f"ndcg_cut_{k}"
+    best = evaluate(qrels, ideal, [f"ndcg_cut.{k}"])["q"][name]
+    assert best == (1.0 if max(labels) > 0 else 0.0)
+    assert 0.0 <= evaluate(qrels, given_order, [f"ndcg_cut.{k}"])["q"][name] <= best + 1e-12
+
+
+# --- statistics
+
+
+@pytest.mark.parametrize("deltas, p", [
+    ([0.1] * 5, 2 / 32),                                                       # only all + and all - are as far out
+    ([1, 2, 3], 2 / 8),
+    ([3, 1, -1], 6 / 8),                                                       # |sum| of 3 or more: all but 1 - 3 ... see below
+    ([0.1, 0.2, -0.3], 1.0),                                                   # the sum is 5.6e-17, not 0: rounding must not decide
+    ([0.5, 0, 0, 0], 1.0), ([0.0, 0.0], 1.0), ([], 1.0),
+])
+def test_p_values_of_known_cases(deltas, p):
+    by_hand = [abs(sum(s * d for s, d in zip(signs, deltas))) for signs in itertools.product((1, -1), repeat=len(deltas))]
+    assert p == pytest.approx(np.mean([total >= abs(sum(deltas)) - 1e-12 for total in by_hand]))
+    assert randomisation_test(deltas) == pytest.approx(p)
+
+
+def test_random_sign_flips_agree_with_all_of_them():
+    rng = np.random.default_rng(0)
+    for shift in (0.0, 0.3, 0.6):
+        deltas = rng.normal(shift, 1, 14)
+        exact, sampled = randomisation_test(deltas), randomisation_test(deltas, exact=0, samples=20_000)
+        assert abs(exact - sampled) < 0.015 and sampled == randomisation_test(deltas, exact=0, samples=20_000)
+    assert randomisation_test([0.1] * 40, samples=999) == 1 / 1000, "the order seen is one of the patterns: p is never 0"
+
+
+def test_the_randomisation_test_keeps_its_level():
+    rng = np.random.default_rng(1)
+    rejected = np.mean([randomisation_test(rng.normal(0, 1, 12)) <= 0.05 for _ in range(400)])
+    assert 0.02 < rejected < 0.085
+
+
+def test_the_bootstrap_interval_is_the_normal_one_for_many_values():
+    values = np.random.default_rng(2).normal(0.5, 0.2, 400)
+    mean, low, high = bootstrap_interval(values, seed=3)
+    assert mean == pytest.approx(values.mean()) and (mean, low, high) == bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(mean - half, abs=0.1 * half) and high == pytest.approx(mean + half, abs=0.1 * half)
+    assert bootstrap_interval([0.25] * 7) == (0.25, 0.25, 0.25)
+    narrow = bootstrap_interval(values, level=0.5)
+    assert narrow[2] - narrow[1] < 0.5 * (high - low)
+    with pytest.raises(ValueError):
+        bootstrap_interval([])
+
+
+def three_runs(path: Path) -> list[Path]:
+    """Judgements; a run with the relevant document at rank 2 everywhere; one with it at rank 1; one that lacks the last query."""
+    def lines(rank_of_relevant, queries):
+        order = ["x", "r"] if rank_of_relevant == 2 else ["r", "x"]
+        return "".join(f"q{n} Q0 {docid} 1 {2 - m} t\n" for n in range(queries) for m, docid in enumerate(order))
+
+    for name, text in (("qrels", "".join(f"q{n} 0 r 1\n" for n in range(6))), ("first", lines(2, 6)), ("better", lines(1, 6)), ("short", lines(1, 5))):
+        (path / name).write_text(text)
+    return [path / name for name in ("qrels", "first", "better", "short")]
+
+
+def test_several_runs_are_compared_with_the_first(tmp_path, capsysbinary):
+    paths = three_runs(tmp_path)
+    rows = json.loads(printed(capsysbinary, *paths, "-m", "recip_rank", "-m", "num_ret", "--json"))["runs"]
+    first, better, short = (row["measures"]["recip_rank"] for row in rows)
+    assert first == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert better == {"mean": 1.0, "low": 1.0, "high": 1.0, "difference": {"num_q": 6, "mean": 0.5, "low": 0.5, "high": 0.5, "p": 2 / 2**6}}
+    assert short["difference"]["num_q"] == 5 and short["difference"]["p"] == 2 / 2**5 and short["mean"] == 1.0
+    assert [row["measures"]["num_ret"] for row in rows] == [{"total": 12}, {"total": 12}, {"total": 10}]
+    complete = json.loads(printed(capsysbinary, *paths, "-m", "recip_rank", "-c", "--json"))["runs"][2]
+    assert complete["num_q"] == 6 and complete["measures"]["recip_rank"]["mean"] == pytest.approx(5 / 6)
+    assert complete["measures"]["recip_rank"]["low"] < 5 / 6 and complete["measures"]["recip_rank"]["difference"]["num_q"] == 6
+    assert complete["measures"]["recip_rank"]["difference"]["mean"] == pytest.approx(2 / 6)
+
+
+def test_the_table_has_a_row_for_each_run_and_differences_for_each_query(tmp_path, capsysbinary):
+    paths = three_runs(tmp_path)
+    text = printed(capsysbinary, *paths, "-m", "recip_rank", "-q").decode()
+    assert f"{'recip_rank':22s}\tq0\t0.5000\t+0.5000\t+0.5000\n" in text and f"{'recip_rank':22s}\tq5\t0.5000\t+0.5000\t-\n" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith(str(tmp_path))]
+    assert [row[:3] for row in rows] == [[str(paths[1]), "6", "0.5000"], [str(paths[2]), "6", "1.0000"], [str(paths[3]), "5", "1.0000"]]
+    assert rows[1][-1] == "0.0312" and rows[2][-1] == "0.0625"
+
+
+def test_one_run_as_json_has_the_values_of_each_query(tmp_path, capsysbinary):
+    qrels, first, *_ = three_runs(tmp_path)
+    (row,) = json.loads(printed(capsysbinary, qrels, first, "-m", "recip_rank", "-q", "--json"))["runs"]
+    assert row["queries"]["q3"] == {"recip_rank": 0.5} and row["num_q"] == 6
