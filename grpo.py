@@ -32,6 +32,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from data import (TOY_CONCEPTS, TOY_GRADES, InputError, Instance, atomic_write, command_line, expand, read_candidates, read_instances, read_qrels,
                   read_run, run_main, setting, toy_answer, toy_task, training_pool, write_candidates, write_qrels, write_run)
@@ -264,8 +265,8 @@ class ToySettings(Settings):
     prompts_per_step: int = setting(32, "Prompts (windows) in a step.")
     group: int = setting(16, "Rollouts sampled for each prompt.")
     steps: int = setting(60, "GRPO steps: one update each, purely on-policy.")
-    sft_steps: int = setting(900, "Supervised steps of the warm start, which stands for an instruct model.")
-    sft_lr: float = setting(4e-3, "Learning rate of the warm start.")
+    sft_steps: int = setting(800, "Supervised steps of the warm start, which stands for an instruct model.")
+    sft_lr: float = setting(6e-3, "Learning rate of the warm start.")
     lr: float = setting(4e-4, "Learning rate.")
     decay: bool = setting(True, "Let the learning rate fall linearly to a tenth over the run.")
     prompt: str = setting("toy", "The prompt to train with.", choices=tuple(PROMPTS))
@@ -291,7 +292,8 @@ class MasterAdamW:
     device are their own masters.
     """
 
-    def __init__(self, params: Sequence[torch.nn.Parameter], weight_decay: float = 0.0, offload: bool = False):
+    def __init__(self, params: Sequence[torch.nn.Parameter], weight_decay: float = 0.0, offload: bool = False,
+                 betas: tuple[float, float] = (0.9, 0.999)):
         self.params = [p for p in params if p.requires_grad]
         place = lambda p: torch.device("cpu") if offload else p.device  # noqa: E731
         self.own = [p.dtype == torch.float32 and place(p) == p.device for p in self.params]
@@ -300,7 +302,7 @@ class MasterAdamW:
         for param, master, own in zip(self.params, self.masters, self.own):
             if not own:
                 param.register_post_accumulate_grad_hook(lambda p, master=master: self._take(p, master))
-        self.adam = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay, betas=(0.9, 0.999), fused=True)
+        self.adam = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay, betas=betas, fused=True)
 
     @staticmethod
     def _take(param: torch.nn.Parameter, master: torch.nn.Parameter) -> None:
@@ -395,7 +397,7 @@ def update_policy(agent: Agent, reference, optimizer: MasterAdamW, rollouts: Rol
         with torch.no_grad():
             mask = token_mask(batch.lengths, width)
             penalty = k3(batch.logps, ref_logps[rows, :width])[mask].sum() if reference is not None else 0.0
-            totals.update(loss=float(loss), kl=float(penalty), entropy=float(batch.entropy.sum()), tokens=int(mask.sum()))
+            totals.update(loss=float(loss.detach()), kl=float(penalty), entropy=float(batch.entropy.sum()), tokens=int(mask.sum()))
         return loss
 
     through_groups(agent.model, [rollouts.prompts[g] for g in live], [answers[r] for r in live_rows.tolist()], loss_of, learn=True, **road)
@@ -460,7 +462,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: bool) 
 def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]], steps: int, lr: float, settings: Settings,
                title: str = "supervised") -> float:
     """`steps` AdamW steps of cross-entropy (mean over all answer tokens) on batches of (prompt ids, answer ids). Returns the last loss."""
-    optimizer, loss = MasterAdamW(list(agent.model.parameters()), settings.weight_decay, settings.offload), 0.0
+    optimizer = MasterAdamW(list(agent.model.parameters()), settings.weight_decay, settings.offload, betas=(0.9, 0.95))
+    loss = 0.0
     with tqdm(range(1, steps + 1), desc=title, unit="step") as bar:
         for step in bar:
             prompts, answers = zip(*next(batches))
@@ -469,7 +472,7 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
             def loss_of(batch: Microbatch) -> Tensor:
                 nonlocal loss
                 part = -batch.logps.sum() / tokens
-                loss += float(part)
+                loss += float(part.detach())
                 return part
 
             through_groups(agent.model, prompts, answers, loss_of, True, settings.answer_tokens, settings.prompt_tokens)
@@ -529,7 +532,9 @@ class RunFolder:
     def save(self, agent: Agent, optimizer: MasterAdamW | None, step: int) -> None:
         """Write checkpoint/ and state/, each whole or not at all."""
         part = self.path / f".checkpoint.{os.getpid()}"
+        disable_progress_bar()  # of transformers' writing: it would break up our own
         agent.model.save_pretrained(part)
+        enable_progress_bar()
         agent.tokenizer.save_pretrained(part)
         replace_folder(part, self.path / "checkpoint")
         if optimizer:
@@ -665,7 +670,7 @@ def toy_agent(seed: int) -> Agent:
     tokenizer.chat_template = ("{% for message in messages %}{{ message['content'] }} <|end|> {% endfor %}"
                                "{% if add_generation_prompt %}<|assistant|> {% endif %}")
     torch.manual_seed(seed)
-    config = Qwen2Config(vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    config = Qwen2Config(vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
                          num_key_value_heads=4, max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
                          initializer_range=0.1, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
@@ -673,7 +678,7 @@ def toy_agent(seed: int) -> Agent:
 
 
 def toy_lessons(agent: Agent, settings: ToySettings, steps: int) -> Iterator[list[tuple[list[int], list[int]]]]:
-    """The warm start's lessons: windows of 2, then 4, 6 and settings.window passages, about as many passages in each batch.
+    """The warm start's lessons: windows of 3, then of settings.window passages, as many passages in each batch.
 
     The teacher grades every passage rightly, but only a quarter of its orders use the grades; the others merely put
     relevant before irrelevant. That is what reinforcement can add to: more of these lessons cannot.
@@ -681,7 +686,7 @@ def toy_lessons(agent: Agent, settings: ToySettings, steps: int) -> Iterator[lis
     rng, end = random.Random(f"lessons {settings.seed}"), [agent.tokenizer.eos_token_id]
     for step in itertools.count():
         done = step / steps
-        size = 2 if done < 0.2 else 4 if done < 0.5 else 6 if done < 0.7 else settings.window
+        size = 3 if done < 0.4 else settings.window
         candidates, _ = toy_task(384 // size, size, seed=rng.randrange(2**40))
         yield [(encode_prompt(agent.tokenizer, c.query, c.texts, settings.prompt),
                 agent.tokenizer(toy_answer(c.query, c.texts, graded=rng.random() < 0.25))["input_ids"] + end) for c in candidates]

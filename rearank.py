@@ -586,13 +586,15 @@ class Reranker:
         done: list[list[int] | None] = [None] * len(lists)
         windows: list[list[Window]] = [[] for _ in lists]
         answers: dict[int, list[int] | None] = {i: None for i in range(len(lists))}  # what each list waits to be sent
-        while answers:
+        while True:
             asked = {}
             for i, order in answers.items():
                 try:
                     asked[i] = slides[i].send(order)
                 except StopIteration as end:
                     done[i] = end.value
+            if not asked:
+                break
             answers = {}
             for i, window in zip(asked, self._answer([(lists[i][0], lists[i][1], asked[i]) for i in asked], progress)):
                 windows[i].append(window)

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ CUT = ["P.1,3,7", "recall.1,2,50", "ndcg_cut.1,3,4", "map_cut.2,3", "success.3"]
 
 def generated_case(rng: random.Random) -> tuple[dict, dict]:
     """Judgements and a run with ties, missing queries, negative and unjudged documents, and scores that float32 holds exactly."""
-    pool = [rng.choice(["d", "é", "msmarco_passage_0", "Z", "中", "x.", "longer-than-two-words-"]) + str(rng.randrange(30)) for _ in range(40)]
+    starts = ["d", "é", "msmarco_passage_0", "Z", "中", "x.", "longer-than-two-words-"]
+    pool = [rng.choice(starts) + str(rng.randrange(30)) for _ in range(40)]
     qrels, run = {}, {}
     for qid in rng.sample(["1", "2", "10", "qé", "a", "b9", "9"], rng.randrange(2, 7)):
         if rng.random() < 0.9:
@@ -65,7 +67,8 @@ def write_messy(path: Path, qrels: dict, run: dict, rng: random.Random) -> tuple
     found = [f"{qid} Q0 {docid} {rng.randrange(99)} {score!r} tag" for qid, scores in run.items() for docid, score in scores.items()]
     for lines in (judged, found):
         rng.shuffle(lines)
-        lines[:] = [line.replace(" ", rng.choice([" ", "\t", "   ", " \t"]), rng.randrange(5)) + rng.choice(["", "\r", " "]) for line in lines]
+        blanks, ends = [" ", "\t", "   ", " \t"], ["", "\r", " "]
+        lines[:] = [line.replace(" ", rng.choice(blanks), rng.randrange(5)) + rng.choice(ends) for line in lines]
     found.insert(len(found) // 2, "\n# half of it\n \t")
     (path / "qrels.gz").write_bytes(gzip.compress("\n".join(["# comment", *judged]).encode()))
     (path / "run").write_bytes("\n".join(found).encode())
@@ -86,9 +89,8 @@ def expected_output(qrels, run, measures, level=1, queries=False, complete=False
     """What trec_eval prints, from pytrec_eval's values and trec_eval's documented rules."""
     theirs = of_pytrec_eval(qrels, run, measures, level)
     qids = sorted(theirs, key=str.encode)
-    keys = [key for measure in ("num_ret", "num_rel", "num_rel_ret", "map", "bpref", "recip_rank", "P", "recall", "ndcg", "ndcg_cut", "map_cut",
-                                "success") for key in sorted(theirs[qids[0]], key=lambda key: int(key.rsplit("_", 1)[-1]) if key[-1].isdigit() else 0)
-            if key == measure or key.startswith(measure + "_") and key[len(measure) + 1:].isdigit()]
+    by_cutoff = sorted(theirs[qids[0]], key=lambda key: int(key.rsplit("_", 1)[-1]) if key[-1].isdigit() else 0)
+    keys = [key for measure in PLAIN for key in by_cutoff if key == measure or re.fullmatch(measure + "_[0-9]+", key)]
     lines, number = [], lambda key, value: f"{value:.0f}" if key.startswith("num") else f"{value:6.4f}"
     if queries:
         lines += [f"{key:22s}\t{qid}\t{number(key, theirs[qid][key])}" for qid in qids for key in keys]
@@ -131,6 +133,13 @@ def test_equal_scores_are_ordered_by_docid_descending_in_bytes(tmp_path, capsysb
     assert printed(capsysbinary, *judged, "-m", "recip_rank", "-q").split()[2::3] == [b"1.0000", b"1.0000", b"0.5000", b"0.8333"]
 
 
+def test_queries_may_be_interleaved_and_in_any_order(tmp_path, capsysbinary):
+    judged = files(tmp_path, "1 0 a 1\n2 0 a 1\n10 0 a 1\n",
+                   "2 Q0 b 1 9 t\n1 Q0 b 1 8 t\n2 Q0 c 2 7 t\n10 Q0 a 1 7 t\n1 Q0 a 2 6 t\n2 Q0 a 3 5 t\n")
+    output = printed(capsysbinary, *judged, "-m", "recip_rank", "-q").split()
+    assert output[1::3] == [b"1", b"10", b"2", b"all"] and output[2::3] == [b"0.5000", b"1.0000", b"0.3333", b"0.6111"]
+
+
 def test_scores_are_compared_as_float64(tmp_path, capsysbinary):
     judged = files(tmp_path, "1 0 a 1\n", "1 Q0 b 1 12.000000000000001 t\n1 Q0 a 2 12.000000000000003 t\n1 Q0 c 3 12 t\n")
     assert printed(capsysbinary, *judged, "-m", "P.1").endswith(b"1.0000\n")
@@ -144,7 +153,8 @@ def test_one_query_from_end_to_end(tmp_path, capsysbinary):
     assert printed(capsysbinary, *judged, "-m", "ndcg_cut.3") == f"{'ndcg_cut_3':22s}\tall\t{dcg / ideal:6.4f}\n".encode()
     # map: relevant at ranks 1 and 3 of 3 relevant. bpref: N = 1 nonrelevant stands above the second, none above the first.
     assert printed(capsysbinary, *judged, "-m", "map", "-m", "bpref", "-m", "num_rel").split()[2::3] == [b"3", b"0.5556", b"0.3333"]
-    assert printed(capsysbinary, *judged, "-m", "num_rel_ret", "-l", 2, "-m", "ndcg_cut.3").split()[2::3] == [b"1", f"{dcg / ideal:.4f}".encode()]
+    strict = printed(capsysbinary, *judged, "-m", "num_rel_ret", "-l", 2, "-m", "ndcg_cut.3").split()
+    assert strict[2::3] == [b"1", f"{dcg / ideal:.4f}".encode()], "the level is not for ndcg"
 
 
 def test_missing_queries_are_skipped_or_count_as_zero(tmp_path, capsysbinary):
@@ -210,9 +220,9 @@ def test_bm25_has_its_published_ndcg(folder, value, capsysbinary):
 
 
 def test_evaluate_refuses_what_it_would_have_to_guess():
-    for qrels, run in (({"1": {"a": 0.5}}, {"1": {"a": 1.0}}), ({"1": {"a": 1}}, {"1": {"a": float("nan")}}), ({"1": {"a": 1}}, {"1": {"a": "1"}})):
+    for label, score in ((0.5, 1.0), (1, float("nan")), (1, "1"), ("1", 1.0)):
         with pytest.raises(InputError):
-            evaluate(qrels, run, ["map"])
+            evaluate({"1": {"a": label}}, {"1": {"a": score}}, ["map"])
     assert evaluate({"1": {"a": 1}}, {"2": {"a": 1.0}}, ["map"]) == evaluate({}, {}, ["map"]) == {}
     assert evaluate({"1": {"a": 1}}, {"1": {}}, ["map", "num_ret"]) == {"1": {"num_ret": 0.0, "map": 0.0}}
 
@@ -226,7 +236,7 @@ def test_labels_are_looked_up_by_the_pair_and_not_by_its_hash(monkeypatch):
 
     def weak(query, docids, salt=0):
         calls.append(salt)
-        return honest(query, docids, salt) % np.uint64(3 if salt < 2 else 1 << 12)
+        return honest(query, docids, salt) % np.uint64(3 if salt < 2 else 2**31)
 
     monkeypatch.setattr(trec, "pair_keys", weak)
     assert [evaluate(*case, PLAIN) for case in cases] == expected and max(calls) > 1
@@ -250,14 +260,16 @@ def test_the_ideal_order_has_ndcg_1_and_no_order_has_more(labels, k):
 @pytest.mark.parametrize("deltas, p", [
     ([0.1] * 5, 2 / 32),                                                       # only all + and all - are as far out
     ([1, 2, 3], 2 / 8),
-    ([3, 1, -1], 6 / 8),                                                       # |sum| of 3 or more: all but 1 - 3 ... see below
+    ([3, 1, -1], 6 / 8),                                                       # 3 + 1 + 1, 3 + 1 - 1 (twice), and their opposites
     ([0.1, 0.2, -0.3], 1.0),                                                   # the sum is 5.6e-17, not 0: rounding must not decide
     ([0.5, 0, 0, 0], 1.0), ([0.0, 0.0], 1.0), ([], 1.0),
+    ([0.41, 0.91, 0.04, 0.82, 0.42, 0.83, 0.01, 0.37, 0.08], 2 / 512),         # all +, but another order of adding gives another last bit
 ])
 def test_p_values_of_known_cases(deltas, p):
     by_hand = [abs(sum(s * d for s, d in zip(signs, deltas))) for signs in itertools.product((1, -1), repeat=len(deltas))]
     assert p == pytest.approx(np.mean([total >= abs(sum(deltas)) - 1e-12 for total in by_hand]))
     assert randomisation_test(deltas) == pytest.approx(p)
+    assert randomisation_test([*deltas, *[0.0] * 40]) == pytest.approx(p), "queries without a difference say nothing either way"
 
 
 def test_random_sign_flips_agree_with_all_of_them():
@@ -278,7 +290,8 @@ def test_the_randomisation_test_keeps_its_level():
 def test_the_bootstrap_interval_is_the_normal_one_for_many_values():
     values = np.random.default_rng(2).normal(0.5, 0.2, 400)
     mean, low, high = bootstrap_interval(values, seed=3)
-    assert mean == pytest.approx(values.mean()) and (mean, low, high) == bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    assert mean == pytest.approx(values.mean())
+    assert (mean, low, high) == bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
     half = 1.96 * values.std() / 20
     assert low == pytest.approx(mean - half, abs=0.1 * half) and high == pytest.approx(mean + half, abs=0.1 * half)
     assert bootstrap_interval([0.25] * 7) == (0.25, 0.25, 0.25)
@@ -294,7 +307,8 @@ def three_runs(path: Path) -> list[Path]:
         order = ["x", "r"] if rank_of_relevant == 2 else ["r", "x"]
         return "".join(f"q{n} Q0 {docid} 1 {2 - m} t\n" for n in range(queries) for m, docid in enumerate(order))
 
-    for name, text in (("qrels", "".join(f"q{n} 0 r 1\n" for n in range(6))), ("first", lines(2, 6)), ("better", lines(1, 6)), ("short", lines(1, 5))):
+    qrels = "".join(f"q{n} 0 r 1\n" for n in range(6))
+    for name, text in (("qrels", qrels), ("first", lines(2, 6)), ("better", lines(1, 6)), ("short", lines(1, 5))):
         (path / name).write_text(text)
     return [path / name for name in ("qrels", "first", "better", "short")]
 
@@ -307,6 +321,8 @@ def test_several_runs_are_compared_with_the_first(tmp_path, capsysbinary):
     assert better == {"mean": 1.0, "low": 1.0, "high": 1.0, "difference": {"num_q": 6, "mean": 0.5, "low": 0.5, "high": 0.5, "p": 2 / 2**6}}
     assert short["difference"]["num_q"] == 5 and short["difference"]["p"] == 2 / 2**5 and short["mean"] == 1.0
     assert [row["measures"]["num_ret"] for row in rows] == [{"total": 12}, {"total": 12}, {"total": 10}]
+    swapped = json.loads(printed(capsysbinary, paths[0], paths[3], paths[1], "-m", "recip_rank", "-c", "--json"))["runs"][1]
+    assert swapped["measures"]["recip_rank"]["difference"]["mean"] == pytest.approx(-2 / 6)
     complete = json.loads(printed(capsysbinary, *paths, "-m", "recip_rank", "-c", "--json"))["runs"][2]
     assert complete["num_q"] == 6 and complete["measures"]["recip_rank"]["mean"] == pytest.approx(5 / 6)
     assert complete["measures"]["recip_rank"]["low"] < 5 / 6 and complete["measures"]["recip_rank"]["difference"]["num_q"] == 6

@@ -62,12 +62,20 @@ def test_gz_comments_blank_lines_and_crlf(tmp_path):
     assert read_run(write(tmp_path / "run.txt", text.replace(b" one more", b""))) == expected
 
 
+def test_lines_that_look_regular_and_are_not(tmp_path):
+    for line in ("# is no query here now", "", "1 Q0 a 1 2.0 t and six more fields of it"):        # six fields, none, twice six
+        table = read_trec(write(tmp_path / "run", f"{line}\n2 Q0 b 1 2.0 t\n"), "run")
+        assert table.qids == [b"1", b"2"][not line.startswith("1"):] and data.unpack_ids(table.docids)[-1] == b"b"
+
+
 def test_qrels_have_integer_labels_below_zero_too(tmp_path):
     assert read_qrels(write(tmp_path / "qrels", "1 0 a 3\n2 0 a -1\n1 Q0 b +2\n")) == {"1": {"a": 3, "b": 2}, "2": {"a": -1}}
 
 
 @pytest.mark.parametrize("kind, text, line", [
     ("run", "1 Q0 a 1 2.0 t\n1 Q0 b 2 1.0\n", 2),                              # five fields
+    ("run", "1  Q0 a 1 2.0\n", 1), ("run", " 1 Q0 a 1 2.0\n", 1),               # as much white space as a good line has, fewer fields
+    ("run", "1 Q0 a\x01b 1 2.0\n", 1), ("run", "1\n2 Q0 a 1 2.0\n", 1), ("run", "1 Q0 a 1 2.0\n1 Q0 b 2 1.0 t x\n", 1),
     ("run", "# c\n\n1 Q0 a 1 2.0 t\n\n1 Q0 b 2 high t\n", 5),                  # no number; skipped lines count
     ("run", "1 Q0 a 1 nan t\n", 1),
     ("run", "1 Q0 a 1 1_000 t\n", 1),                                          # a number to Python only
