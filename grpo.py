@@ -109,9 +109,9 @@ class AnswerMemory:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, scale=scaling, enable_gqa=gqa)
 
 
-def project_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def project_logps(hidden: Tensor, head: torch.nn.Module, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """[N, hidden] -> log-probability of each target and entropy, both [N] in float32. The entropy has no gradient."""
-    logits = F.linear(hidden, weight).float()
+    logits = head(hidden).float()
     if temperature != 1.0:
         logits = logits / temperature
     normaliser = logits.logsumexp(-1)
@@ -141,13 +141,13 @@ def answer_logps(model, prompts: EncodedPrompts, owner: Tensor, answers: Sequenc
         rest = model.base_model(input_ids=ids[:, :-1], position_ids=positions, use_cache=False, memory=memory)
         hidden = torch.cat([hidden, rest.last_hidden_state], 1)  # [B, T, hidden]
     mask = token_mask(lengths, T)
-    flat, targets, weight = hidden[mask], ids[mask], model.lm_head.weight  # [N, hidden], [N]
-    size = max(1, chunk_elements // weight.shape[0])
+    flat, targets = hidden[mask], ids[mask]  # [N, hidden], [N]
+    size = max(1, chunk_elements // model.lm_head.weight.shape[0])
     parts = []
     for h, t in zip(flat.split(size), targets.split(size)):
         again = len(flat) > size and torch.is_grad_enabled()
-        parts.append(checkpoint(project_logps, h, weight, t, temperature, use_reentrant=False) if again
-                     else project_logps(h, weight, t, temperature))
+        parts.append(checkpoint(project_logps, h, model.lm_head, t, temperature, use_reentrant=False) if again
+                     else project_logps(h, model.lm_head, t, temperature))
     logps, entropy = (torch.cat(p) for p in zip(*parts))
     spread = lambda x: torch.zeros(mask.shape, device=device).masked_scatter(mask, x)  # noqa: E731
     return spread(logps), spread(entropy), lengths

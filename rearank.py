@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from data import Candidates, InputError, command_line, read_candidates, run_main, setting, write_run
 from reward import Ranking, parse_ranking
@@ -439,7 +440,7 @@ def load_agent(name: str, device: str = "auto", dtype: str = "auto") -> Agent:
     try:
         config = AutoConfig.from_pretrained(name)
         check_architecture(config)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
         if not tokenizer.chat_template:
             raise InputError(f"--model {name}: its tokenizer has no chat template; use the model's instruct variant, or put a "
                              "chat_template.jinja into its folder")
@@ -454,6 +455,13 @@ def load_agent(name: str, device: str = "auto", dtype: str = "auto") -> Agent:
         raise InputError(f"--model {name}: cannot be loaded ({reason}); without a network, pass a folder that holds the "
                          "model, downloaded elsewhere with `hf download`") from None
     return Agent(model.eval(), tokenizer, stop_ids(model, tokenizer))
+
+
+def load_tokenizer(name: str):
+    """The tokenizer a checkpoint declares. AutoTokenizer alone would, for a Qwen2 model, put Qwen's own splitting rules in
+    the place of any other tokenizer.json: a checkpoint of the toy run would then read every word as unknown."""
+    generic = get_tokenizer_config(name).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name)
 
 
 def check_memory(name: str, config, dtype: torch.dtype, device: torch.device) -> None:

@@ -182,9 +182,9 @@ def test_the_end_token_has_a_gradient_where_pad_and_end_are_one_token(model):
 
 
 def test_entropy_is_that_of_the_distribution():
-    hidden, weight = torch.randn(5, 8), torch.randn(30, 8)
-    logps = (hidden @ weight.T).log_softmax(-1)
-    torch.testing.assert_close(project_logps(hidden, weight, torch.zeros(5, dtype=torch.long))[1], -(logps.exp() * logps).sum(-1))
+    hidden, head = torch.randn(5, 8), torch.nn.Linear(8, 30)
+    logps = head(hidden).log_softmax(-1)
+    torch.testing.assert_close(project_logps(hidden, head, torch.zeros(5, dtype=torch.long))[1], -(logps.exp() * logps).sum(-1))
 
 
 # --- optimizer

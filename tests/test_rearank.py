@@ -256,6 +256,7 @@ def test_a_folder_written_by_save_pretrained_loads_and_answers_alike(toy, tmp_pa
     toy.tokenizer.save_pretrained(tmp_path / "m")
     again = load_agent(str(tmp_path / "m"), device="cpu")
     prompt = [encode_prompt(toy.tokenizer, "rain", ["bread", "oak"], "toy")]
+    assert [encode_prompt(again.tokenizer, "rain", ["bread", "oak"], "toy")] == prompt
     assert sample(again.model, prompt, 2, 10, 1.0, again.stop_ids) == sample(toy.model, prompt, 2, 10, 1.0, toy.stop_ids)
 
 

@@ -1,0 +1,255 @@
+"""Sampling and a full GRPO step beside the frameworks', in one process, in turn: transformers' generate and trl.GRPOTrainer.
+
+    python benchmarks/bench_grpo.py --size tiny          (about 2 minutes on 2 cores)
+    python benchmarks/bench_grpo.py --size small         (about 10 minutes on 2 cores)
+
+Same model, same prompts, same group size, same reward (a function of the ids, so that neither side tokenizes). Ratios are peer / ours, the
+median over pairs run in turn; memory is the peak over what the process held before the call, read from /proc while it runs. Beside the
+sampling ratio stands the estimated limit: the bytes and FLOPs the decode steps cannot do without, over what this machine reaches in
+a plain copy and a plain matrix product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import grpo
+from data import command_line, run_main, setting
+from rearank import Agent, Completion, sample
+
+
+@dataclasses.dataclass
+class Settings:
+    """Settings of the benchmark."""
+
+    size: str = setting("tiny", "Which model and lengths.", choices=("tiny", "small"))
+    repeats: int = setting(5, "Pairs of runs; the median counts.")
+    beta: list[float] = setting(lambda: [0.0, 0.04], "KL weights of the step.", nargs="+", type=float)
+    only: str = setting("both", "Only one part.", choices=("both", "sample", "step"))
+    threads: int = setting(1, "Threads for torch, ours and the peer's.")
+    json: bool = setting(False, "Print one JSON line a measure instead of the table.")
+
+
+@dataclasses.dataclass
+class Size:
+    """Model shape and lengths: prompts of `prompt` tokens, answers of up to `new`, `group` answers in sampling, `step_group` in the step."""
+
+    config: dict
+    prompt: int
+    new: int
+    prompts: int
+    step_group: int
+    group: int = 32
+    step_prompts: int = 1
+
+
+SIZES = {
+    "tiny": Size(dict(vocab_size=512, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+                      num_key_value_heads=2), prompt=300, new=96, prompts=4, step_group=32),
+    "small": Size(dict(vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=12,
+                       num_key_value_heads=4), prompt=1500, new=128, prompts=1, step_group=8),
+}
+END = 2
+
+
+def build(size: Size) -> torch.nn.Module:
+    """A random model whose answers end, on average, at about half of the longest length: its end token gets the right share."""
+    torch.manual_seed(0)
+    config = Qwen2Config(**size.config, max_position_embeddings=4096, initializer_range=0.02, pad_token_id=END, eos_token_id=END, bos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    with torch.no_grad():  # logits near 0 but for the end token, whose probability must be about 2 / longest
+        model.lm_head.weight.mul_(0.1)
+    chance = 2.0 / size.new
+    model.end_bias = float(torch.log(torch.tensor(chance * size.config["vocab_size"] / (1 - chance))))
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(size.config["vocab_size"]), requires_grad=False)
+    model.lm_head.bias.data[END] = model.end_bias
+    return model
+
+
+class Peak:
+    """Peak resident memory over the baseline, in MiB, by a thread that looks every 2 ms."""
+
+    def __enter__(self):
+        gc.collect()
+        self.stop, self.peak, self.base = threading.Event(), 0, self.resident()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+        return self
+
+    @staticmethod
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def watch(self):
+        while not self.stop.wait(0.002):
+            self.peak = max(self.peak, self.resident())
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.thread.join()
+        self.mib = max(0, self.peak - self.base) / 2**20
+
+
+def in_turn(ours, peer, repeats: int) -> dict:
+    """Run both alternately after one warm-up each; medians of times and peaks, and the median of the ratios of the pairs."""
+    ours(), peer()
+    rows = []
+    for _ in range(repeats):
+        row = []
+        for call in (ours, peer):
+            with Peak() as peak:
+                started = time.perf_counter()
+                call()
+                row.append(time.perf_counter() - started)
+            row.append(peak.mib)
+        rows.append(row)
+    middle = [statistics.median(column) for column in zip(*rows)]
+    return {"ours_s": middle[0], "peer_s": middle[2], "ratio": statistics.median(row[2] / row[0] for row in rows), "ours_mib": middle[1],
+            "peer_mib": middle[3], "repeats": repeats}
+
+
+def limit_seconds(size: Size, model: torch.nn.Module, tokens: int, steps: int) -> float:
+    """The least time for the decoding alone: the larger of its FLOPs over the measured matmul peak and its bytes over the measured bandwidth."""
+    a = torch.randn(1024, 1024)
+    started = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    flops = 10 * 2 * 1024**3 / (time.perf_counter() - started)
+    big = torch.empty(2**26)
+    big.fill_(1.0)
+    started = time.perf_counter()
+    for _ in range(3):
+        big.sum()
+    bandwidth = 3 * 2**28 / (time.perf_counter() - started)
+    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    heads, layers = size.config["num_attention_heads"], size.config["num_hidden_layers"]
+    head = size.config["hidden_size"] // heads
+    attention = 4 * layers * heads * head * size.prompt
+    prefill = 2 * weights * size.prompt * size.prompts
+    cache = 2 * layers * size.config["num_key_value_heads"] * head * size.prompt * 4
+    return max((tokens * (2 * weights + attention) + prefill) / flops, steps * (weights * 4 + cache) / bandwidth)
+
+
+def bench_sample(size: Size, settings: Settings) -> dict:
+    """`sample` against generate(num_return_sequences=group), which is called once for each prompt and once for all together: the faster counts."""
+    model = build(size)
+    prompts = torch.randint(3, size.config["vocab_size"], (size.prompts, size.prompt), generator=torch.Generator().manual_seed(0))
+    seen = {}
+
+    def ours():
+        answers = sample(model, prompts.tolist(), size.group, size.new, 1.0, [END], seed=0, max_rows=size.group * size.prompts)
+        lengths = [len(c.ids) for row in answers for c in row]
+        seen["tokens"], seen["steps"] = sum(lengths), max(lengths)
+
+    def generate(ids):
+        return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                              max_new_tokens=size.new, num_return_sequences=size.group)
+
+    one_by_one = in_turn(ours, lambda: [generate(p[None]) for p in prompts], settings.repeats)
+    if size.prompts > 1:
+        together = in_turn(ours, lambda: generate(prompts), settings.repeats)
+        if together["ratio"] < one_by_one["ratio"]:
+            one_by_one = together | {"note": "all prompts in one call"}
+    limit = limit_seconds(size, model, seen["tokens"], seen["steps"])
+    return {"what": "sample", "size": settings.size, "peer": "transformers.generate", **one_by_one, "limit_s": limit}
+
+
+def reward_of_ids(ids: list[int]) -> float:
+    """Any function of an answer will do; this one differs inside a group."""
+    return sum(1 for i in ids if i % 2) / max(1, len(ids))
+
+
+def bench_step(size: Size, settings: Settings, beta: float) -> dict:
+    """One whole step (sample, reward, advantage, reference, loss, backward, AdamW) against trl.GRPOTrainer's training_step."""
+    prompts = torch.randint(3, size.config["vocab_size"], (size.step_prompts, size.prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    mine, theirs = build(size), build(size)
+    reference = build(size) if beta else None
+    optimizer = grpo.MasterAdamW([p for p in mine.parameters() if p.requires_grad])
+    options = grpo.ToySettings(group=size.step_group, beta=beta, answer_tokens=4 * size.new if settings.size == "small" else 4096)
+    agent, steps = Agent(mine, None, [END]), iter(range(10**6))
+
+    def ours():
+        groups = sample(mine, prompts, size.step_group, size.new, 1.0, [END], seed=next(steps), max_rows=1024)
+        completions: list[Completion] = [c for group in groups for c in group]
+        rewards = torch.tensor([reward_of_ids(c.ids) for c in completions]).view(len(prompts), size.step_group)
+        grpo.update_policy(agent, reference, optimizer, grpo.Rollouts([], prompts, completions, [], [], 1.0), rewards, 1e-6, options)
+
+    return {"what": "step", "size": f"{settings.size}, beta {beta}", "peer": "trl.GRPOTrainer",
+            **in_turn(ours, trl_step(theirs, prompts, size, beta), settings.repeats)}
+
+
+def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
+    """A function that makes TRL take one optimizer step on the same prompts, through the trainer's own training_step."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+    from trl import GRPOConfig, GRPOTrainer
+    core = Tokenizer(WordLevel({f"w{i}": i for i in range(size.config["vocab_size"])}, unk_token="w0"))
+    core.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=f"w{END}", pad_token=f"w{END}", padding_side="left")
+    folder = tempfile.mkdtemp()
+    config = GRPOConfig(output_dir=folder, per_device_train_batch_size=size.step_group * len(prompts), num_generations=size.step_group,
+                        max_completion_length=size.new, beta=beta, temperature=1.0, learning_rate=1e-6, max_grad_norm=1.0, report_to=[],
+                        use_cpu=True, bf16=False, logging_steps=10**6, save_strategy="no", disable_tqdm=True, num_iterations=1, loss_type="grpo",
+                        gradient_checkpointing=False, lr_scheduler_type="constant", max_steps=10**6, top_k=0, top_p=1.0)
+    rows = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in p) for p in prompts]})
+    trainer = GRPOTrainer(model=model, reward_funcs=lambda completion_ids, **_: [reward_of_ids(ids) for ids in completion_ids], args=config,
+                          train_dataset=rows, processing_class=tokenizer)
+    trainer.create_optimizer_and_scheduler(10**6)
+    batch = [{"prompt": row} for row in rows["prompt"] for _ in range(size.step_group)]
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+
+    def step():
+        trainer._buffered_inputs = None
+        trainer.training_step(trainer.model, batch, None)
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        trainer.state.global_step += 1
+        trainer._step = 0
+
+    return step
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the command line asks for and print it."""
+    settings = command_line(Settings, argv, __doc__)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(settings.threads)
+    size, rows = SIZES[settings.size], []
+    if settings.only in ("both", "sample"):
+        rows.append(bench_sample(size, settings))
+    if settings.only in ("both", "step"):
+        rows += [bench_step(size, settings, beta) for beta in settings.beta]
+    for row in rows:
+        if settings.json:
+            print(json.dumps(row))
+        else:
+            print(f"{row['what']:7} {row['size']:18} ours {row['ours_s']:7.2f} s {row['ours_mib']:6.0f} MiB   {row['peer']:22} {row['peer_s']:7.2f} s "
+                  f"{row['peer_mib']:6.0f} MiB   {row['ratio']:5.1f} x faster, memory 1/{row['peer_mib'] / max(row['ours_mib'], 1):.1f}"
+                  + (f"   limit {row['limit_s']:.2f} s" if "limit_s" in row else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
