@@ -1,6 +1,18 @@
 """GRPO for REARANK, in plain PyTorch: sample, reward, advantage, loss, step (figure 3 of arXiv 2505.20046).
 
-HEAD
+    python grpo.py                                       the toy run: no arguments, no download, minutes on a CPU
+    python grpo.py --model Qwen/Qwen2.5-7B               the paper's run, on a GPU
+
+From top to bottom: advantage and loss (equations 3 and 4); log-probabilities with each prompt encoded once for its group;
+the settings; the optimizer; one step; supervised learning; the run folder; the training loop; the toy run.
+
+Where it departs from the paper and from VeRL, which the authors use (PAPER.md sections 3 and 5 name the decisions):
+- A group whose rewards are all equal has advantage exactly 0 and is counted in the log. The std is the sample's.
+- beta = 0.001 with the k3 estimator, lr = 1e-6, temperature 1.0: the paper does not state them; these are VeRL's defaults.
+- The prompt is encoded once per group, in sampling and in the update; the gradient is that of the repeated prompt.
+
+Letters in shape comments: B prompts (groups) in a step, G rollouts per prompt, T answer tokens, P prompt tokens, V vocabulary; inside
+`AnswerMemory` and `answer_logps` B counts answers. Every sampled token, the end token included, is trained on.
 """
 
 from __future__ import annotations
@@ -264,15 +276,17 @@ class ToySettings(Settings):
     out: str = setting("runs/toy", "The run folder: config, log, samples, checkpoint, runs, summary.")
     prompts_per_step: int = setting(32, "Prompts (windows) in a step.")
     group: int = setting(16, "Rollouts sampled for each prompt.")
-    steps: int = setting(60, "GRPO steps: one update each, purely on-policy.")
-    sft_steps: int = setting(800, "Supervised steps of the warm start, which stands for an instruct model.")
+    steps: int = setting(100, "GRPO steps: one update each, purely on-policy.")
+    sft_steps: int = setting(700, "Supervised steps of the warm start, which stands for an instruct model.")
     sft_lr: float = setting(6e-3, "Learning rate of the warm start.")
-    lr: float = setting(4e-4, "Learning rate.")
+    teacher_graded: float = setting(0.25, "Share of the teacher's orders that use its grades; the others put relevant before irrelevant.")
+    lr: float = setting(5e-4, "Learning rate.")
+    beta: float = setting(0.0, "Weight of the KL penalty to the frozen starting model; 0 needs no reference model.")
     decay: bool = setting(True, "Let the learning rate fall linearly to a tenth over the run.")
     prompt: str = setting("toy", "The prompt to train with.", choices=tuple(PROMPTS))
-    window: int = setting(10, "Passages drawn for a training instance.")
+    window: int = setting(6, "Passages drawn for a training instance.")
     draws: int = setting(20, "Draws a query in the initial state expansion.")
-    max_new_tokens: int = setting(96, "Longest rollout.")
+    max_new_tokens: int = setting(64, "Longest rollout.")
     max_rows: int = setting(512, "Rollouts written at a time.")
     answer_tokens: int = setting(16384, "Padded rollout tokens in a micro-batch: changes memory, not the result.")
     eval_queries: int = setting(200, "Held-out queries in the closing table.")
@@ -661,7 +675,7 @@ def train_model(settings: Settings) -> int:
 
 
 def toy_agent(seed: int) -> Agent:
-    """A random Qwen2 of 88,768 parameters and a word-level tokenizer with a chat template, both made in memory."""
+    """A random Qwen2 of about 130,000 parameters and a word-level tokenizer with a chat template, both made in memory."""
     words = ["<|pad|>", "<|end|>", "<|assistant|>", "<think>", "</think>", "<answer>", "</answer>", ">", *TOY_GRADES,
              *(f"[{i}]" for i in range(1, 21)), *(word for concept in TOY_CONCEPTS for word in concept)]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|pad|>"))
@@ -680,7 +694,7 @@ def toy_agent(seed: int) -> Agent:
 def toy_lessons(agent: Agent, settings: ToySettings, steps: int) -> Iterator[list[tuple[list[int], list[int]]]]:
     """The warm start's lessons: windows of 3, then of settings.window passages, as many passages in each batch.
 
-    The teacher grades every passage rightly, but only a quarter of its orders use the grades; the others merely put
+    The teacher grades every passage rightly, but only some of its orders (settings.teacher_graded) use the grades; the others merely put
     relevant before irrelevant. That is what reinforcement can add to: more of these lessons cannot.
     """
     rng, end = random.Random(f"lessons {settings.seed}"), [agent.tokenizer.eos_token_id]
@@ -689,7 +703,7 @@ def toy_lessons(agent: Agent, settings: ToySettings, steps: int) -> Iterator[lis
         size = 3 if done < 0.4 else settings.window
         candidates, _ = toy_task(384 // size, size, seed=rng.randrange(2**40))
         yield [(encode_prompt(agent.tokenizer, c.query, c.texts, settings.prompt),
-                agent.tokenizer(toy_answer(c.query, c.texts, graded=rng.random() < 0.25))["input_ids"] + end) for c in candidates]
+                agent.tokenizer(toy_answer(c.query, c.texts, graded=rng.random() < settings.teacher_graded))["input_ids"] + end) for c in candidates]
 
 
 def toy_trace_statistics(rollouts: Rollouts) -> dict[str, float]:
@@ -716,7 +730,7 @@ class ToyExam:
     def __init__(self, settings: ToySettings, folder: Path):
         self.settings, self.folder = settings, folder
         self.lists = {"window": toy_task(settings.eval_queries, settings.window, settings.eval_seed, held_out=True),
-                      "long": toy_task(settings.eval_queries // 4, 3 * settings.window, settings.eval_seed + 1, held_out=True)}
+                      "long": toy_task(settings.eval_queries // 4, 4 * settings.window, settings.eval_seed + 1, held_out=True)}
         for name, (candidates, qrels) in self.lists.items():
             write_candidates(folder / f"{name}.jsonl", candidates)
             write_qrels(folder / f"{name}.qrels", qrels)
@@ -747,7 +761,7 @@ def toy_run(settings: ToySettings) -> int:
     supervised(doubled, lessons, settings.sft_steps, settings.sft_lr, settings, "control: the warm start again")
     taken["warm_start_doubled"] = exam.take(doubled, "warm_start_doubled")
 
-    candidates, qrels = toy_task(200, 2 * settings.window, settings.seed)
+    candidates, qrels = toy_task(200, 20, settings.seed)
     instances = expand(candidates, qrels, settings.draws, settings.window, settings.order, settings.keep, settings.min_ndcg, settings.seed)
     train(agent, instances, settings, folder, toy_trace_statistics)
     taken["grpo"], taken["grpo_without_think"] = exam.take(agent, "grpo"), exam.take(agent, "grpo_without_think", think=False)
@@ -755,7 +769,7 @@ def toy_run(settings: ToySettings) -> int:
     summary = toy_summary(settings, taken, long, time.time() - started)
     with atomic_write(folder.path / "summary.json") as file:
         json.dump(summary, file, indent=2)
-    print(toy_table(taken, long, summary, folder.path))
+    print(toy_table(taken, long, summary, settings))
     return 0
 
 
@@ -771,8 +785,9 @@ def toy_summary(settings: ToySettings, taken: dict[str, list[float]], long: dict
             "gain": gain("warm_start"), "gain_over_doubled": gain("warm_start_doubled")}
 
 
-def toy_table(taken: dict[str, list[float]], long: dict[str, list[float]], summary: dict, folder: Path) -> str:
+def toy_table(taken: dict[str, list[float]], long: dict[str, list[float]], summary: dict, settings: ToySettings) -> str:
     """The closing table and what to run next, as text."""
+    folder, slide = settings.out, f"--window {settings.window} --step {settings.window // 2}"
     titles = {"first_stage": "first stage", "warm_start": "warm start", "warm_start_doubled": "control: warm start twice as long",
               "grpo": "after GRPO", "grpo_without_think": "after GRPO, think left out"}
     lines = ["", f"NDCG@10 on {summary['queries']} held-out queries{'':13}mean   95 % interval     gain over the warm start"]
@@ -785,7 +800,7 @@ def toy_table(taken: dict[str, list[float]], long: dict[str, list[float]], summa
     lines += [f"  {titles[name]:40} {{:.3f}}   {{:.3f}} - {{:.3f}}".format(*bootstrap_interval(values)) for name, values in long.items()]
     return "\n".join(lines + [
         f"{summary['seconds']:.0f} s. Everything is in {folder}/: log.csv, samples.txt, checkpoint/, TREC runs, summary.json. Next:",
-        f"  python rearank.py --model {folder}/checkpoint --prompt toy --window 10 --step 5 --input {folder}/long.jsonl --output {folder}/again.trec",
+        f"  python rearank.py --model {folder}/checkpoint --prompt toy {slide} --input {folder}/long.jsonl --output {folder}/again.trec",
         f"  python eval.py {folder}/long.qrels {folder}/long.first_stage.trec {folder}/again.trec"])
 
 

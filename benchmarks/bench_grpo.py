@@ -4,7 +4,7 @@
     python benchmarks/bench_grpo.py --size small         (about 10 minutes on 2 cores)
 
 Same model, same prompts, same group size, same reward (a function of the ids, so that neither side tokenizes). Ratios are peer / ours, the
-median over pairs run in turn; memory is the peak over what the process held before the call, read from /proc while it runs. Beside the
+median over pairs run in turn; memory is the peak over what a fresh process held before the call. Beside the
 sampling ratio stands the estimated limit: the bytes and FLOPs the decode steps cannot do without, over what this machine reaches in
 a plain copy and a plain matrix product.
 """
@@ -107,21 +107,38 @@ class Peak:
 
 
 def in_turn(ours, peer, repeats: int) -> dict:
-    """Run both alternately after one warm-up each; medians of times and peaks, and the median of the ratios of the pairs."""
+    """Run both alternately after one warm-up each; medians of the times, and the median of the ratios of the pairs.
+
+    Memory is read in forked children, each with a fresh heap on top of what was there before: a process that has already run keeps its
+    memory, and its second peak would look small.
+    """
+    mib = [forked_peak(ours), forked_peak(peer)]
     ours(), peer()
-    rows = []
+    pairs = []
     for _ in range(repeats):
-        row = []
+        times = []
         for call in (ours, peer):
-            with Peak() as peak:
-                started = time.perf_counter()
-                call()
-                row.append(time.perf_counter() - started)
-            row.append(peak.mib)
-        rows.append(row)
-    middle = [statistics.median(column) for column in zip(*rows)]
-    return {"ours_s": middle[0], "peer_s": middle[2], "ratio": statistics.median(row[2] / row[0] for row in rows), "ours_mib": middle[1],
-            "peer_mib": middle[3], "repeats": repeats}
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+        pairs.append(times)
+    return {"ours_s": statistics.median(p[0] for p in pairs), "peer_s": statistics.median(p[1] for p in pairs),
+            "ratio": statistics.median(p[1] / p[0] for p in pairs), "ours_mib": mib[0], "peer_mib": mib[1], "repeats": repeats}
+
+
+def forked_peak(call) -> float:
+    """Peak of `call` over the baseline in a child process, MiB. Forking is safe here: before the first parallel region, torch has no threads."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with Peak() as peak:
+            call()
+        os.write(writer, str(peak.mib).encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as answer:
+        return float(answer.read())
 
 
 def limit_seconds(size: Size, model: torch.nn.Module, tokens: int, steps: int) -> float:

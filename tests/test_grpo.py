@@ -231,7 +231,7 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
 
 
 def one_window() -> list[Instance]:
-    return [Instance("q", "rain bread coin", ["a", "b"], ["oak leaf moss oak", "storm flour loan leaf"], [0, 3], [0, 3])]
+    return [Instance("q", "rain bread coin", ["a", "b"], ["oak leaf forest oak", "storm flour loan leaf"], [0, 3], [0, 3])]
 
 
 def quick(tmp_path, **changes) -> ToySettings:
@@ -340,7 +340,7 @@ def test_a_toy_label_is_the_number_of_the_querys_concepts_a_passage_covers():
 
 
 def test_the_toys_teacher_is_right_about_grades_and_vague_about_order():
-    texts = ["oak leaf moss oak", "storm leaf oak moss", "storm flour loan leaf"]
+    texts = ["oak leaf forest oak", "storm leaf oak forest", "storm flour loan leaf"]
     assert toy_answer("rain bread coin", texts, graded=True) == (
         "<think> [1] 0 [2] storm 1 [3] storm flour loan 3 </think> <answer> [3] > [2] > [1] </answer>")
     assert toy_answer("rain bread coin", texts, graded=False).endswith("<answer> [2] > [3] > [1] </answer>")
