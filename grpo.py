@@ -447,6 +447,7 @@ def rollout_statistics(rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
     return {
         "reward": float(rewards.mean()), "reward_std": float(rewards.std(1).mean()) if G > 1 else 0.0,
         "ndcg": mean([s.ndcg for s in scores]), "ndcg_init": mean([ndcg(x.labels, ideal=x.ideal) for x in rollouts.instances]),
+        "ndcg_best": mean([ndcg(sorted(x.labels, reverse=True), ideal=x.ideal) for x in rollouts.instances]),
         "rank": mean([s.rank for s in scores]), "format1": mean([s.format1 for s in scores]), "format2": mean([s.format2 for s in scores]),
         "permutations": mean([r.status == "ok" for r in rankings]),
         "identity": mean([r.order == list(range(n)) for r, n in zip(rankings, sizes)]),
@@ -501,7 +502,7 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
 # The run folder
 
 
-COLUMNS = ("step", "reward", "ndcg", "ndcg_init", "reward_std", "rank", "format1", "format2", "permutations", "identity", "flat_groups",
+COLUMNS = ("step", "reward", "ndcg", "ndcg_init", "ndcg_best", "reward_std", "rank", "format1", "format2", "permutations", "identity", "flat_groups",
            "length", "cut", "kl", "entropy", "grad_norm", "lr", "loss", "tokens_per_s", "seconds", "peak_mib")
 
 
@@ -526,7 +527,7 @@ class RunFolder:
             if new:
                 writer.writeheader()
             writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-        tqdm.write("step {step:4d}  reward {reward:+.3f}  NDCG@10 {ndcg:.3f} (from {ndcg_init:.3f})  in-group std {reward_std:.2f}  "
+        tqdm.write("step {step:4d}  reward {reward:+.3f}  NDCG@10 {ndcg:.3f} (given {ndcg_init:.3f}, best {ndcg_best:.3f})  in-group std {reward_std:.2f}  "
                    "full {permutations:.0%}  flat {flat_groups:.0%}  length {length:.0f}  cut {cut:.0%}  kl {kl:.4f}  "
                    "entropy {entropy:.2f}  {tokens_per_s:.0f} tok/s  {seconds:.1f} s".format(**row))
 
