@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -43,6 +44,7 @@ class Settings:
     beta: list[float] = setting(lambda: [0.0, 0.04], "KL weights of the step.", nargs="+", type=float)
     only: str = setting("both", "Only one part.", choices=("both", "sample", "step"))
     threads: int = setting(1, "Threads for torch, ours and the peer's.")
+    side: str = setting("", "Make one call of this side only and print its peak memory in MiB.", choices=("", "ours", "peer"))
     json: bool = setting(False, "Print one JSON line a measure instead of the table.")
 
 
@@ -106,16 +108,23 @@ class Peak:
         self.mib = max(0, self.peak - self.base) / 2**20
 
 
-def in_turn(ours, peer, repeats: int) -> dict:
+def in_turn(settings: Settings, only: str, beta: float, ours, peer) -> dict:
     """Run both alternately after one warm-up each; medians of the times, and the median of the ratios of the pairs.
 
-    Memory is read in forked children, each with a fresh heap on top of what was there before: a process that has already run keeps its
-    memory, and its second peak would look small.
+    Memory is that of a first call in a process of its own, since one that has already run keeps its heap. With --side set, this is
+    that process: it makes the one call, prints its peak and leaves.
     """
-    mib = [forked_peak(ours), forked_peak(peer)]
+    if settings.side:
+        with Peak() as peak:
+            {"ours": ours, "peer": peer}[settings.side]()
+        print(peak.mib)
+        sys.exit(0)
+    command = [sys.executable, __file__, "--size", settings.size, "--only", only, "--beta", str(beta), "--threads", str(settings.threads)]
+    mib = [float(subprocess.run([*command, "--side", side], capture_output=True, text=True, check=True).stdout.split()[-1])
+           for side in ("ours", "peer")]
     ours(), peer()
     pairs = []
-    for _ in range(repeats):
+    for _ in range(settings.repeats):
         times = []
         for call in (ours, peer):
             started = time.perf_counter()
@@ -123,22 +132,7 @@ def in_turn(ours, peer, repeats: int) -> dict:
             times.append(time.perf_counter() - started)
         pairs.append(times)
     return {"ours_s": statistics.median(p[0] for p in pairs), "peer_s": statistics.median(p[1] for p in pairs),
-            "ratio": statistics.median(p[1] / p[0] for p in pairs), "ours_mib": mib[0], "peer_mib": mib[1], "repeats": repeats}
-
-
-def forked_peak(call) -> float:
-    """Peak of `call` over the baseline in a child process, MiB. Forking is safe here: before the first parallel region, torch has no threads."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with Peak() as peak:
-            call()
-        os.write(writer, str(peak.mib).encode())
-        os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with os.fdopen(reader) as answer:
-        return float(answer.read())
+            "ratio": statistics.median(p[1] / p[0] for p in pairs), "ours_mib": mib[0], "peer_mib": mib[1], "repeats": settings.repeats}
 
 
 def limit_seconds(size: Size, model: torch.nn.Module, tokens: int, steps: int) -> float:
@@ -178,9 +172,9 @@ def bench_sample(size: Size, settings: Settings) -> dict:
         return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                               max_new_tokens=size.new, num_return_sequences=size.group)
 
-    one_by_one = in_turn(ours, lambda: [generate(p[None]) for p in prompts], settings.repeats)
+    one_by_one = in_turn(settings, "sample", 0.0, ours, lambda: [generate(p[None]) for p in prompts])
     if size.prompts > 1:
-        together = in_turn(ours, lambda: generate(prompts), settings.repeats)
+        together = in_turn(settings, "sample", 0.0, ours, lambda: generate(prompts))
         if together["ratio"] < one_by_one["ratio"]:
             one_by_one = together | {"note": "all prompts in one call"}
     limit = limit_seconds(size, model, seen["tokens"], seen["steps"])
@@ -208,32 +202,35 @@ def bench_step(size: Size, settings: Settings, beta: float) -> dict:
         grpo.update_policy(agent, reference, optimizer, grpo.Rollouts([], prompts, completions, [], [], 1.0), rewards, 1e-6, options)
 
     return {"what": "step", "size": f"{settings.size}, beta {beta}", "peer": "trl.GRPOTrainer",
-            **in_turn(ours, trl_step(theirs, prompts, size, beta), settings.repeats)}
+            **in_turn(settings, "step", beta, ours, trl_step(theirs, prompts, size, beta))}
 
 
 def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
     """A function that makes TRL take one optimizer step on the same prompts, through the trainer's own training_step."""
+    import trl
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
-    from trl import GRPOConfig, GRPOTrainer
     core = Tokenizer(WordLevel({f"w{i}": i for i in range(size.config["vocab_size"])}, unk_token="w0"))
     core.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=f"w{END}", pad_token=f"w{END}", padding_side="left")
     folder = tempfile.mkdtemp()
-    config = GRPOConfig(output_dir=folder, per_device_train_batch_size=size.step_group * len(prompts), num_generations=size.step_group,
-                        max_completion_length=size.new, beta=beta, temperature=1.0, learning_rate=1e-6, max_grad_norm=1.0, report_to=[],
+    config = trl.GRPOConfig(output_dir=folder, per_device_train_batch_size=size.step_group * len(prompts), num_generations=size.step_group,
+                        max_completion_length=size.new, beta=0.0, temperature=1.0, learning_rate=1e-6, max_grad_norm=1.0, report_to=[],
                         use_cpu=True, bf16=False, logging_steps=10**6, save_strategy="no", disable_tqdm=True, num_iterations=1, loss_type="grpo",
                         gradient_checkpointing=False, lr_scheduler_type="constant", max_steps=10**6, top_k=0, top_p=1.0)
     rows = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in p) for p in prompts]})
-    trainer = GRPOTrainer(model=model, reward_funcs=lambda completion_ids, **_: [reward_of_ids(ids) for ids in completion_ids], args=config,
+    trainer = trl.GRPOTrainer(model=model, reward_funcs=lambda completion_ids, **_: [reward_of_ids(ids) for ids in completion_ids], args=config,
                           train_dataset=rows, processing_class=tokenizer)
     trainer.create_optimizer_and_scheduler(10**6)
     batch = [{"prompt": row} for row in rows["prompt"] for _ in range(size.step_group)]
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
+    if beta:  # the trainer would fetch its reference from the hub by the model's name
+        trainer.beta, trainer.ref_model = beta, build(size)
+        trl.trainer.grpo_trainer.add_fused_lm_head(trainer.ref_model, temperature=1.0, cast_lm_head_to_fp32=False)
 
     def step():
         trainer._buffered_inputs = None
