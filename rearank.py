@@ -233,7 +233,7 @@ class DecodeMemory:
         places = torch.arange(width, device=self.lengths.device)
         self.rows = torch.arange(len(self.owner), device=self.lengths.device)
         self.own_bias = torch.zeros(len(self.owner), width, device=self.lengths.device)
-        self.own_bias.masked_fill_(places > self.lengths[:, None], -torch.inf)
+        self.own_bias.masked_fill_(places > self.lengths[:, None], -torch.inf)  # [R, T]
 
     def to_slots(self, x: Tensor) -> Tensor:
         """[R, K, n, e] -> [S, K, G * n, e], zeros in empty slots."""
@@ -325,48 +325,48 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int = 1, max_new_toke
     prompts take their places, so that about `max_rows` answers are written at any time. The same seed gives the same
     tokens whatever `max_rows` is (up to rounding). `progress` is called with the number of answers just ended.
     """
-    device = model.get_input_embeddings().weight.device
-    generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(len(prompts) * group, max_new_tokens, generator=generator) if temperature else torch.zeros(
-        len(prompts) * group, 1).expand(-1, max_new_tokens)
-    written: list[list[int]] = [[] for _ in range(len(prompts) * group)]
-    finished = [False] * len(written)
+    device, total = model.get_input_embeddings().weight.device, len(prompts) * group
+    uniforms = torch.rand(total, max_new_tokens if temperature else 1, generator=torch.Generator().manual_seed(seed))
+    written: list[list[int]] = [[] for _ in range(total)]  # answer r belongs to prompt r // group
+    finished = [False] * total
     stop, longest = set(stop_ids), max(map(len, prompts), default=0)
-    waiting, memory, rows, tokens = 0, None, [], torch.empty(0, dtype=torch.long)
 
     def choose(logits: Tensor, rows: list[int]) -> Tensor:
-        """Draw and record one token for each row."""
-        steps = torch.tensor([len(written[r]) for r in rows])
+        """Draw and record one token for each row, [R, V] -> [R]."""
+        steps = torch.tensor([len(written[r]) if temperature else 0 for r in rows])
         drawn = pick_tokens(logits, temperature, uniforms[torch.tensor(rows), steps].to(device))
         for r, token in zip(rows, drawn.tolist()):
             written[r].append(token)
             finished[r] = token in stop
         return drawn
 
+    admitted, memory, rows, tokens = 0, None, [], torch.empty(0, dtype=torch.long, device=device)
     with shared_attention(model):
-        while waiting < len(prompts) or rows:
-            if waiting < len(prompts) and (not rows or len(rows) + group <= max_rows):
-                count = max(1, min((max_rows - len(rows)) // group, 16384 // longest, len(prompts) - waiting))
-                encoded = encode_prompts(model, prompts[waiting:waiting + count], pad_to=longest)
+        while admitted < len(prompts) or rows:
+            if admitted < len(prompts) and (not rows or len(rows) + group <= max_rows):
+                count = max(1, min((max_rows - len(rows)) // group, 16384 // longest, len(prompts) - admitted))
+                encoded = encode_prompts(model, prompts[admitted:admitted + count], pad_to=longest)
+                new = list(range(admitted * group, (admitted + count) * group))
                 owner = torch.arange(count, device=device).repeat_interleave(group)
-                new = list(range(waiting * group, (waiting + count) * group))
-                first = choose(model.lm_head(encoded.last_hidden)[owner], new)  # [count * G]
-                joined = DecodeMemory(encoded, owner, capacity=memory.keys[0].shape[2] if memory else 64)
-                memory.join(joined) if memory else None
-                memory, rows, tokens = memory or joined, rows + new, torch.cat([tokens.to(device), first])
-                waiting += count
+                fresh = DecodeMemory(encoded, owner, capacity=memory.keys[0].shape[2] if memory else 64)
+                if memory:
+                    memory.join(fresh)
+                else:
+                    memory = fresh
+                tokens = torch.cat([tokens, choose(model.lm_head(encoded.last_hidden)[owner], new)])
+                rows, admitted = rows + new, admitted + count
             alive = [i for i, r in enumerate(rows) if not finished[r] and len(written[r]) < max_new_tokens]
-            if len(alive) < len(rows):
-                if progress:
-                    progress(len(rows) - len(alive))
-                rows = [rows[i] for i in alive]
-                index = torch.tensor(alive, dtype=torch.long, device=device)
-                tokens = tokens[index]
-                memory.keep(index) if rows else None
-                if not rows:
-                    memory = None
+            if len(alive) == len(rows):
+                tokens = choose(decode_step(model, memory, tokens), rows)
                 continue
-            tokens = choose(decode_step(model, memory, tokens), rows)
+            if progress:
+                progress(len(rows) - len(alive))
+            rows, index = [rows[i] for i in alive], torch.tensor(alive, dtype=torch.long, device=device)
+            tokens = tokens[index]
+            if rows:
+                memory.keep(index)
+            else:
+                memory = None
     return [[Completion(written[p * group + g], finished[p * group + g]) for g in range(group)] for p in range(len(prompts))]
 
 
