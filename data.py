@@ -59,7 +59,8 @@ class InputError(ValueError):
 def setting(default, help: str, **argparse_options):
     """One field of a settings dataclass: its default, its sentence, and what argparse needs beyond its type.
 
-    `flags=("-m",)` adds short names; `positional=True` makes it a positional argument (give `nargs` if it repeats).
+    `flags=("-m",)` adds short names; `positional=True` makes it a positional argument (give `nargs` if it repeats); a number below
+    `least` is refused.
     """
     make = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**make, metadata={"help": help, **argparse_options})
@@ -71,8 +72,11 @@ def command_line(settings: type, argv: list[str] | None = None, description: str
     Booleans become --a-b / --no-a-b. An argument that does not fit ends the program with status 2 and one line.
     """
     parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.print_usage = lambda file=None: None  # an error is one line; --help has the rest
+    bounds = {}
     for field in dataclasses.fields(settings):
         options = dict(field.metadata)
+        bounds[field.name] = options.pop("least", None)
         flags, positional, help = options.pop("flags", ()), options.pop("positional", False), options.pop("help", "")
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         kind = getattr(field.type, "__name__", str(field.type)).replace("| None", "").strip()
@@ -86,7 +90,11 @@ def command_line(settings: type, argv: list[str] | None = None, description: str
         shown = "" if default in (None, "", (), []) or kind == "bool" and not default else f" (default: {default})"
         parser.add_argument(*flags, "--" + field.name.replace("_", "-"), dest=field.name, default=default,
                             help=(help + shown).replace("%", "%%"), **options)
-    return settings(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    for name, least in bounds.items():
+        if least is not None and values[name] < least:
+            parser.error(f"argument --{name.replace('_', '-')}: expected at least {least}, found {values[name]}")
+    return settings(**values)
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -392,3 +392,14 @@ def test_without_a_command_the_usage_is_printed_and_a_wrong_one_is_refused(capsy
     assert data.main([]) == 0 and "python data.py download" in capsys.readouterr().out
     with pytest.raises(InputError, match="no command 'fetch': expected download"):
         data.main(["fetch"])
+
+
+def test_a_number_out_of_bounds_is_one_line_and_status_2(capsys):
+    @dataclasses.dataclass
+    class Settings:
+        max_rows: int = data.setting(3, "Rows.", least=1)
+
+    assert data.command_line(Settings, ["--max-rows", "1"]).max_rows == 1
+    with pytest.raises(SystemExit) as left:
+        data.command_line(Settings, ["--max-rows", "0"], prog="x")
+    assert left.value.code == 2 and capsys.readouterr().err == "x: error: argument --max-rows: expected at least 1, found 0\n"
