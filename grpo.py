@@ -301,9 +301,9 @@ class MasterAdamW:
     """AdamW over float32 master copies of the weights, whatever precision the model computes in.
 
     In bfloat16 an update of 1e-6 is smaller than the spacing of the weights and would round to nothing; here it adds up
-    in the master. Gradients are added up in float32 too (a hook takes each as soon as backward has made it). With
-    `offload`, master weights, moments and gradient sums live in host memory and the step runs there. float32 weights on their own
-    device are their own masters.
+    in the master. Gradients are added up in float32 too, on the model's device: a hook takes each as soon as backward has
+    made it (`release` ends that). With `offload`, master weights and moments live in host memory and the step runs there.
+    float32 weights on their own device are their own masters.
     """
 
     def __init__(self, params: Sequence[torch.nn.Parameter], weight_decay: float = 0.0, offload: bool = False,
@@ -313,20 +313,25 @@ class MasterAdamW:
         self.own = [p.dtype == torch.float32 and place(p) == p.device for p in self.params]
         self.masters = [p if own else torch.nn.Parameter(p.detach().to(place(p), torch.float32, copy=True))
                         for p, own in zip(self.params, self.own)]
-        for param, master, own in zip(self.params, self.masters, self.own):
-            if not own:
-                param.register_post_accumulate_grad_hook(lambda p, master=master: self._take(p, master))
+        self.sums: dict[torch.nn.Parameter, Tensor] = {}
+        self.hooks = [p.register_post_accumulate_grad_hook(self._take) for p, own in zip(self.params, self.own) if not own]
         self.adam = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay, betas=betas, fused=True)
 
-    @staticmethod
-    def _take(param: torch.nn.Parameter, master: torch.nn.Parameter) -> None:
-        grad = param.grad.to(master.device, torch.float32)
-        master.grad = grad if master.grad is None else master.grad.add_(grad)
-        param.grad = None
+    def _take(self, param: torch.nn.Parameter) -> None:
+        grad, param.grad = param.grad.float(), None
+        self.sums[param] = self.sums[param].add_(grad) if param in self.sums else grad
+
+    def release(self) -> None:
+        """Leave the model to another optimizer."""
+        for hook in self.hooks:
+            hook.remove()
 
     @torch.no_grad()
     def step(self, lr: float, grad_clip: float) -> float:
         """One update at rate `lr`; clears the gradients and returns their norm from before clipping."""
+        for param, master in zip(self.params, self.masters):
+            if param in self.sums:
+                master.grad = self.sums.pop(param).to(master.device)
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, grad_clip))
         if math.isfinite(norm):
             self.adam.param_groups[0]["lr"] = lr
@@ -353,7 +358,7 @@ class MasterAdamW:
                 master.copy_(value)
                 self.params[int(index)].copy_(value)
             else:
-                self.adam.state[master][key] = value.to("cpu" if key == "step" and master.device.type == "cpu" else master.device)
+                self.adam.state[master][key] = value.to(master.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,6 +500,7 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
             if not math.isfinite(loss):
                 raise SystemExit(f"{title}, step {step}: the loss is {loss}; lower --sft-lr")
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    optimizer.release()
     return loss
 
 

@@ -206,7 +206,15 @@ def test_gradients_of_bfloat16_weights_are_added_up_in_float32():
     (weight * 256).sum().backward()
     for _ in range(100):
         (weight * 0.5).sum().backward()  # in bfloat16 256 + 0.5 is 256
-    assert weight.grad is None and optimizer.masters[0].grad.item() == 306
+    assert weight.grad is None and optimizer.sums[weight].item() == 306
+
+
+def test_a_second_optimizer_can_take_over_the_model():
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    MasterAdamW([weight]).release()
+    second = MasterAdamW([weight])
+    (weight * 2).sum().backward()
+    assert second.sums[weight].item() == 2 and second.step(1e-3, 1e9) == 2
 
 
 def test_float32_training_is_torchs_adamw(model):
