@@ -35,6 +35,7 @@ import json
 import os
 import random
 import re
+import signal
 import shutil
 import stat
 import sys
@@ -71,7 +72,7 @@ def command_line(settings: type, argv: list[str] | None = None, description: str
 
     Booleans become --a-b / --no-a-b. An argument that does not fit ends the program with status 2 and one line.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.print_usage = lambda file=None: None  # an error is one line; --help has the rest
     bounds = {}
     for field in dataclasses.fields(settings):
@@ -99,18 +100,19 @@ def command_line(settings: type, argv: list[str] | None = None, description: str
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: bad input is one line on stderr and status 2, Ctrl-C 130, a closed pipe 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is told to stop saves as on Ctrl-C
     try:
         sys.exit(main() or 0)
-    except (InputError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (InputError, OSError) as error:
         reason = error if isinstance(error, InputError) or not error.filename else f"{error.filename}: {error.strerror}"
         print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import random
 import re
 import resource
@@ -117,8 +116,10 @@ class AnswerMemory:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys = torch.cat([self.prompts.keys[layer][self.owner], key], 2)  # [B, K, P + T, D]
         values = torch.cat([self.prompts.values[layer][self.owner], value], 2)
-        gqa = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, scale=scaling, enable_gqa=gqa)
+        share = query.shape[1] // key.shape[1]  # query heads that read one key-value head
+        if share > 1 and query.is_cuda:  # with a mask, CUDA's fused kernels want as many key heads as query heads
+            keys, values, share = keys.repeat_interleave(share, 1), values.repeat_interleave(share, 1), 1
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, scale=scaling, enable_gqa=share > 1)
 
 
 def project_logps(hidden: Tensor, head: torch.nn.Module, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -135,7 +136,7 @@ def project_logps(hidden: Tensor, head: torch.nn.Module, targets: Tensor, temper
 
 
 def answer_logps(model, prompts: EncodedPrompts, owner: Tensor, answers: Sequence[Sequence[int]], temperature: float = 1.0,
-                 chunk_elements: int = 2**23) -> tuple[Tensor, Tensor, Tensor]:
+                 chunk_elements: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of B answers given their prompts, one forward pass over the answers alone.
 
     `owner` [B] says which of the S encoded prompts each answer belongs to. Returns logps [B, T], entropy [B, T] (zero at
@@ -154,7 +155,7 @@ def answer_logps(model, prompts: EncodedPrompts, owner: Tensor, answers: Sequenc
         hidden = torch.cat([hidden, rest.last_hidden_state], 1)  # [B, T, hidden]
     mask = token_mask(lengths, T)
     flat, targets = hidden[mask], ids[mask]  # [N, hidden], [N]
-    size = max(1, chunk_elements // model.lm_head.weight.shape[0])
+    size = max(1, (chunk_elements or (2**27 if device.type == "cuda" else 2**23)) // model.lm_head.weight.shape[0])
     parts = []
     for h, t in zip(flat.split(size), targets.split(size)):
         again = len(flat) > size and torch.is_grad_enabled()
@@ -195,7 +196,7 @@ def through_groups(model, prompts: Sequence[Sequence[int]], answers: Sequence[Se
     `answers` is flat: len(prompts) groups of equal size, one after the other. Each prompt is encoded once, with its graph.
     Its keys, values and last hidden state are then cut off as leaves; micro-batches of at most `answer_tokens` padded
     tokens read the leaves and add up gradients in them; one backward pass carries the sums through the prompt. So
-    the micro-batch size changes the memory and not the result.
+    the micro-batch size changes the memory and not the result (in float32; in bfloat16 the leaves' sums are rounded).
     """
     device, G = model.get_input_embeddings().weight.device, len(answers) // max(1, len(prompts))
     with shared_attention(model), torch.set_grad_enabled(learn):
@@ -234,7 +235,7 @@ class Settings:
     out: str = setting("runs/rearank", "The run folder: config, log, samples, checkpoint.")
     seed: int = setting(0, "Seed of everything random.")
     prompts_per_step: int = setting(128, "Prompts (windows) in a step.", least=1)
-    group: int = setting(32, "Rollouts sampled for each prompt.", least=1)
+    group: int = setting(32, "Rollouts sampled for each prompt.", least=2)
     steps: int = setting(160, "GRPO steps: one update each, purely on-policy.", least=0)
     sft_steps: int = setting(0, "Supervised steps on the best orders before GRPO (with --steps 0: the paper's direct SFT row).", least=0)
     sft_lr: float = setting(1e-5, "Learning rate of the supervised steps.", least=0)
@@ -275,7 +276,7 @@ class ToySettings(Settings):
 
     out: str = setting("runs/toy", "The run folder: config, log, samples, checkpoint, runs, summary.")
     prompts_per_step: int = setting(32, "Prompts (windows) in a step.", least=1)
-    group: int = setting(16, "Rollouts sampled for each prompt.", least=1)
+    group: int = setting(16, "Rollouts sampled for each prompt.", least=2)
     steps: int = setting(100, "GRPO steps: one update each, purely on-policy.", least=0)
     sft_steps: int = setting(700, "Supervised steps of the warm start, which stands for an instruct model.", least=0)
     sft_lr: float = setting(6e-3, "Learning rate of the warm start.", least=0)
@@ -343,10 +344,10 @@ class MasterAdamW:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as named tensors: moments, counts of steps, and master weights."""
+        """Everything a resumed run needs, as named tensors: moments, counts of steps, and the float32 weights."""
         named = {f"{name}.{i}": value.contiguous() for i, master in enumerate(self.masters)
                  for name, value in self.adam.state[master].items()}
-        return named | {f"master.{i}": m.detach() for i, (m, own) in enumerate(zip(self.masters, self.own)) if not own}
+        return named | {f"master.{i}": master.detach() for i, master in enumerate(self.masters)}
 
     @torch.no_grad()
     def load_state(self, named: dict[str, Tensor]) -> None:
@@ -435,8 +436,8 @@ def grpo_step(agent: Agent, reference, optimizer: MasterAdamW, instances: list[I
         rewards = torch.rand(rewards.shape, generator=torch.Generator().manual_seed(settings.seed * 7919 + step)).to(rewards)
     update = update_policy(agent, reference, optimizer, rollouts, rewards, lr, settings)
     if not math.isfinite(update["loss"]) or not math.isfinite(update["grad_norm"]):
-        raise SystemExit(f"step {step}: loss {update['loss']}, gradient norm {update['grad_norm']}: not finite, the update was not applied; "
-                         "the last checkpoint is intact. Lower --lr, or look at the newest rollouts in samples.txt.")
+        raise SystemExit(f"step {step}: loss {update['loss']}, gradient norm {update['grad_norm']}: not finite. "
+                         "Weights after a gradient that is not finite are left as they were. Lower --lr, or look at the newest rollouts in samples.txt.")
     row = {"step": step, **rollout_statistics(rollouts, rewards), **update, "lr": lr, "seconds": time.perf_counter() - started}
     row["peak_mib"] = peak_mib()
     return row, rollouts
@@ -552,14 +553,16 @@ class RunFolder:
 
     def save(self, agent: Agent, optimizer: MasterAdamW | None, step: int) -> None:
         """Write checkpoint/ and state/, each whole or not at all."""
-        part = self.path / f".checkpoint.{os.getpid()}"
+        for part in self.path.glob(".*.part"):  # of a save that was interrupted
+            shutil.rmtree(part)
+        part = self.path / ".checkpoint.part"
         disable_progress_bar()  # of transformers' writing: it would break up our own
         agent.model.save_pretrained(part)
         enable_progress_bar()
         agent.tokenizer.save_pretrained(part)
         replace_folder(part, self.path / "checkpoint")
         if optimizer:
-            part = self.path / f".state.{os.getpid()}"
+            part = self.path / ".state.part"
             part.mkdir()
             save_file(optimizer.state(), part / "optimizer.safetensors")
             (part / "state.json").write_text(json.dumps({"step": step}))
@@ -577,7 +580,7 @@ class RunFolder:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put folder `new` in the place of `old`; at every moment one of the two is whole."""
+    """Put folder `new` in the place of `old`; between the two renames the old one is whole under the name `.old`."""
     trash = old.with_name(f".{old.name}.old")
     shutil.rmtree(trash, ignore_errors=True)
     if old.exists():
@@ -612,13 +615,12 @@ def batch_of(instances: list[Instance], step: int, settings: Settings) -> list[I
 
 def train(agent: Agent, instances: list[Instance], settings: Settings, folder: RunFolder, measure: Callable[[Rollouts], dict] | None = None) -> None:
     """GRPO for settings.steps steps. `measure` adds columns to the log. Ctrl-C saves the checkpoint and the state before it leaves."""
+    if not instances:
+        raise InputError("no training instance is left: check that candidates and judgements share query ids, or loosen --keep and --min-ndcg")
     needs_reference = settings.beta > 0 or settings.log_kl
     reference = copy.deepcopy(agent.model).requires_grad_(False) if needs_reference else None
-    if settings.checkpointing:
-        agent.model.gradient_checkpointing_enable({"use_reentrant": False})
-        agent.model.train()
     optimizer = MasterAdamW(list(agent.model.parameters()), settings.weight_decay, settings.offload)
-    done = folder.load_state(optimizer) if settings.resume else 0
+    done = saved = folder.load_state(optimizer) if settings.resume else 0
     try:
         for step in tqdm(range(done + 1, settings.steps + 1), desc="GRPO", unit="step", initial=done, total=settings.steps):
             lr = learning_rate(step, settings.steps, settings.lr, settings.warmup, settings.decay)
@@ -629,9 +631,11 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
                 folder.write_samples(step, rollouts, settings.group)
             if step % settings.save_every == 0:
                 folder.save(agent, optimizer, step)
+                saved = step
     finally:
-        folder.save(agent, optimizer, done)
-        agent.model.eval()
+        if saved < done or not (folder.path / "checkpoint").exists():
+            folder.save(agent, optimizer, done)
+        optimizer.release()
 
 
 def best_order_batches(agent: Agent, instances: list[Instance], settings: Settings) -> Iterator[list[tuple[list[int], list[int]]]]:
@@ -660,18 +664,46 @@ def training_instances(settings: Settings) -> list[Instance]:
     return expand(candidates, qrels, settings.draws, settings.window, settings.order, settings.keep, settings.min_ndcg, settings.seed)
 
 
+def check_training_memory(model, settings: Settings) -> None:
+    """InputError, before hours of sampling, where weights, gradients, moments and reference alone exceed the GPU's memory."""
+    if model.device.type != "cuda":
+        return
+    count, size = model.num_parameters(), model.dtype.itemsize
+    needed = count * (size + 4 + (size if settings.beta or settings.log_kl else 0) + (0 if settings.offload else 12))
+    free = torch.cuda.mem_get_info(model.device)[0] + count * size
+    if needed > free:
+        raise InputError(f"training needs {needed / 2**30:.0f} GiB before any activation and the GPU has {free / 2**30:.0f}: pass --offload"
+                         + (" and --beta 0" if settings.offload and settings.beta else "") + " (and --checkpointing), or use a smaller model")
+
+
 def train_model(settings: Settings) -> int:
     """The paper's run on a real model."""
     agent = load_agent(settings.model, settings.device, settings.dtype)
     instances = training_instances(settings)
-    if not instances:
-        raise InputError("no training instance is left after expansion: check that --data and --qrels share query ids, or pass --keep all")
     print(f"{len(instances)} training instances of {len({x.qid for x in instances})} queries; "
           f"{settings.prompts_per_step} prompts x {settings.group} rollouts a step, {settings.steps} steps")
+    if (Path(settings.out) / "state").exists() and not settings.resume:
+        raise InputError(f"{settings.out} holds an earlier run: pass --resume to go on with it, or another --out")
+    if settings.resume and settings.sft_steps:
+        raise InputError("--resume goes on with GRPO only: to start it from a supervised checkpoint, pass that as --model, without --sft-steps")
+    check_training_memory(agent.model, settings)
     folder = RunFolder(settings)
-    if settings.sft_steps and not settings.resume:
-        supervised(agent, best_order_batches(agent, instances, settings), settings.sft_steps, settings.sft_lr, settings)
-    train(agent, instances, settings, folder)
+    if settings.checkpointing:
+        for module in agent.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # train() is for checkpointing only
+        agent.model.gradient_checkpointing_enable({"use_reentrant": False})
+        agent.model.train()
+    if settings.sft_steps:
+        try:
+            supervised(agent, best_order_batches(agent, instances, settings), settings.sft_steps, settings.sft_lr, settings)
+        finally:
+            folder.save(agent, None, 0)
+    try:
+        train(agent, instances, settings, folder)
+    except torch.OutOfMemoryError:
+        raise InputError("too little GPU memory for a step: lower --answer-tokens, --prompt-tokens or --max-rows, or pass --checkpointing "
+                         "and --offload") from None
     print(f"{folder.path}/checkpoint is the trained model; rerank with it:\n  python rearank.py --model {folder.path}/checkpoint "
           f"--prompt {settings.prompt} --input CANDIDATES --output RUN")
     return 0
@@ -698,16 +730,15 @@ def toy_agent(seed: int) -> Agent:
     return Agent(model, tokenizer, [1])
 
 
-def toy_lessons(agent: Agent, settings: ToySettings, steps: int) -> Iterator[list[tuple[list[int], list[int]]]]:
-    """The warm start's lessons: windows of 3, then of settings.window passages, as many passages in each batch.
+def toy_lessons(agent: Agent, settings: ToySettings, curriculum: bool = True) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """The warm start's lessons: with `curriculum` windows of 3 for the first 40 % of the steps, then of settings.window passages, as many passages in each batch.
 
     The teacher grades every passage rightly, but only some of its orders (settings.teacher_graded) use the grades; the others merely put
     relevant before irrelevant. That is what reinforcement can add to: more of these lessons cannot.
     """
     rng, end = random.Random(f"lessons {settings.seed}"), [agent.tokenizer.eos_token_id]
     for step in itertools.count():
-        done = step / steps
-        size = 3 if done < 0.4 else settings.window
+        size = 3 if curriculum and step < 0.4 * settings.sft_steps else settings.window
         candidates, _ = toy_task(384 // size, size, seed=rng.randrange(2**40))
         yield [(encode_prompt(agent.tokenizer, c.query, c.texts, settings.prompt),
                 agent.tokenizer(toy_answer(c.query, c.texts, graded=rng.random() < settings.teacher_graded))["input_ids"] + end) for c in candidates]
@@ -744,7 +775,7 @@ class ToyExam:
             write_run(folder / f"{name}.first_stage.trec", {c.qid: c.docids for c in candidates}, "first_stage")
 
     def take(self, agent: Agent | None, name: str, lists: str = "window", think: bool = True) -> list[float]:
-        """NDCG@10 of each held-out query after reranking by `agent` (None: the first stage), in the qrels' order."""
+        """NDCG@10 of each held-out query after reranking by `agent` (None: the first stage), in the candidates' order."""
         run, (candidates, _) = self.folder / f"{lists}.{name}.trec", self.lists[lists]
         if agent:
             reranker = Reranker(agent, self.settings.prompt, self.settings.window, self.settings.window // 2, think,
@@ -760,11 +791,11 @@ def toy_run(settings: ToySettings) -> int:
     started, folder = time.time(), RunFolder(settings)
     agent, exam = toy_agent(settings.seed), ToyExam(settings, folder.path)
     print(f"toy run, seed {settings.seed}: {agent.model.num_parameters():,} parameters, windows of {settings.window} passages, no downloads")
-    supervised(agent, toy_lessons(agent, settings, settings.sft_steps), settings.sft_steps, settings.sft_lr, settings, "warm start")
+    supervised(agent, toy_lessons(agent, settings), settings.sft_steps, settings.sft_lr, settings, "warm start")
     taken = {"first_stage": exam.take(None, "first_stage"), "warm_start": exam.take(agent, "warm_start")}
     long = {"first_stage": exam.take(None, "first_stage", "long"), "warm_start": exam.take(agent, "warm_start", "long")}
     doubled = Agent(copy.deepcopy(agent.model), agent.tokenizer, agent.stop_ids)
-    lessons = toy_lessons(doubled, dataclasses.replace(settings, seed=settings.seed + 10**6), 1)  # full windows from the start
+    lessons = toy_lessons(doubled, dataclasses.replace(settings, seed=settings.seed + 10**6), curriculum=False)
     supervised(doubled, lessons, settings.sft_steps, settings.sft_lr, settings, "control: the warm start again")
     taken["warm_start_doubled"] = exam.take(doubled, "warm_start_doubled")
 
@@ -807,15 +838,17 @@ def toy_table(taken: dict[str, list[float]], long: dict[str, list[float]], summa
     lines += [f"  {titles[name]:40} {{:.3f}}   {{:.3f}} - {{:.3f}}".format(*bootstrap_interval(values)) for name, values in long.items()]
     return "\n".join(lines + [
         f"{summary['seconds']:.0f} s. Everything is in {folder}/: log.csv, samples.txt, checkpoint/, TREC runs, summary.json. Next:",
-        f"  python rearank.py --model {folder}/checkpoint --prompt toy {slide} --input {folder}/long.jsonl --output {folder}/again.trec",
+        f"  python rearank.py --model {folder}/checkpoint --prompt toy {slide} --max-new-tokens {settings.max_new_tokens} --input {folder}/long.jsonl --output {folder}/again.trec",
         f"  python eval.py {folder}/long.qrels {folder}/long.first_stage.trec {folder}/again.trec"])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train the model that --model names, or run the toy."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else argv  # --help shows the paper's settings; ToySettings lists what the toy changes
     real = any(a == "--model" or a.startswith("--model=") for a in argv)
     settings = command_line(Settings if real or "-h" in argv or "--help" in argv else ToySettings, argv, __doc__)
+    if not real and (settings.data or settings.qrels):
+        raise InputError("--data and --qrels need --model; without it the toy run makes its own data")
     return train_model(settings) if real else toy_run(settings)
 
 

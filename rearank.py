@@ -1,7 +1,7 @@
 """REARANK, the agent: a language model that reads a window of passages, thinks, and answers a better order.
 
     python rearank.py --model le723z/Rearank-7B --input candidates.jsonl --output reranked.trec
-    python rearank.py --model runs/toy/checkpoint --prompt toy --input runs/toy/long.jsonl --output long.trec
+    python rearank.py --model runs/toy/checkpoint --prompt toy --window 6 --step 3 --max-new-tokens 64 --input runs/toy/long.jsonl --output long.trec
 
 From top to bottom: the prompts; attention over a shared prompt; sampling with a key-value cache; the sliding window;
 `Reranker`, which joins them; the command line.
@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -254,10 +255,10 @@ class DecodeMemory:
         self.keys[layer][self.rows, :, self.lengths] = key[:, :, 0]
         self.values[layer][self.rows, :, self.lengths] = value[:, :, 0]
         own_keys, own_values = self.keys[layer][:, :, :self.width], self.values[layer][:, :, :self.width]
-        query = query.view(R, K, n, D) * scaling
-        own = (query @ own_keys.transpose(-1, -2)).float() + self.own_bias[:, None, None]  # [R, K, n, T]
+        query = query.view(R, K, n, D)
+        own = (query @ own_keys.transpose(-1, -2)).float() * scaling + self.own_bias[:, None, None]  # [R, K, n, T]
         shared = self.to_slots(query) @ self.prompts.keys[layer].transpose(-1, -2)  # [S, K, G * n, P]
-        shared = self.to_rows(shared.float() + self.prompt_bias[:, None, None], n)  # [R, K, n, P]
+        shared = self.to_rows(shared.float() * scaling + self.prompt_bias[:, None, None], n)  # [R, K, n, P]
         P = shared.shape[-1]
         weights = torch.cat([shared, own], -1).softmax(-1).to(value.dtype)  # one softmax over prompt and answer
         out = weights[..., P:] @ own_values
@@ -271,7 +272,9 @@ class DecodeMemory:
             self.prompts = EncodedPrompts([k[used] for k in self.prompts.keys], [v[used] for v in self.prompts.values],
                                           self.prompts.lengths[used], self.prompts.last_hidden[used])
         self.lengths = self.lengths[rows]
-        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        for cache in (self.keys, self.values):
+            for layer in range(len(cache)):  # one at a time: both caches twice would be a great deal of memory
+                cache[layer] = cache[layer][rows]
         self.arrange()
 
     def join(self, other: DecodeMemory) -> None:
@@ -287,8 +290,9 @@ class DecodeMemory:
 
     def grow(self, capacity: int) -> None:
         """Room for `capacity` answer tokens a row."""
-        more = lambda x: F.pad(x, (0, 0, 0, capacity - x.shape[2]))  # noqa: E731
-        self.keys, self.values = [more(k) for k in self.keys], [more(v) for v in self.values]
+        for cache in (self.keys, self.values):
+            for layer, x in enumerate(cache):
+                cache[layer] = F.pad(x, (0, 0, 0, capacity - x.shape[2]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,14 +418,17 @@ def check_architecture(config) -> None:
 
 def stop_ids(model, tokenizer) -> list[int]:
     """Every id that ends a turn: a base model's own end token is rarely the one its chat template writes."""
-    own = model.generation_config.eos_token_id
-    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, model.config.eos_token_id}
+    ids = {tokenizer.eos_token_id}
+    for own in (model.generation_config.eos_token_id, model.config.eos_token_id):
+        ids |= set(own if isinstance(own, list) else [own])
     ids |= {tokenizer.get_vocab().get(mark) for mark in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")}
     return sorted(i for i in ids if isinstance(i, int))
 
 
 def pick_device(device: str = "auto") -> torch.device:
     """The named device, or the best there is: cuda, mps, cpu."""
+    if device not in ("auto", "cpu", "cuda", "mps") or device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: not to be had here; expected auto, cpu, cuda or mps")
     if device != "auto":
         return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -450,11 +457,32 @@ def load_agent(name: str, device: str = "auto", dtype: str = "auto") -> Agent:
         raise
     except torch.OutOfMemoryError:
         raise InputError(f"--model {name}: too little memory on {place}; use a smaller model or --device cpu") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"--model {name}: cannot be loaded ({reason}); without a network, pass a folder that holds the "
                          "model, downloaded elsewhere with `hf download`") from None
-    return Agent(model.eval(), tokenizer, stop_ids(model, tokenizer))
+    check_shared_prompt(name, model.eval())
+    return Agent(model, tokenizer, stop_ids(model, tokenizer))
+
+
+@torch.no_grad()
+def check_shared_prompt(name: str, model) -> None:
+    """InputError unless prefill and one decoding step over a shared prompt give the model's own logits: some architectures scale or cap
+    their logits behind the head, or keep attention to themselves, and would otherwise be wrong without a word."""
+    ids = torch.arange(1, 9, device=model.device)[None]
+    try:
+        own = model(input_ids=ids).logits[0, -2:].float()
+        with shared_attention(model):
+            encoded = encode_prompts(model, ids[:, :-1].tolist())
+            memory = DecodeMemory(encoded, torch.zeros(1, dtype=torch.long, device=model.device), capacity=4)
+            ours = torch.cat([model.lm_head(encoded.last_hidden), decode_step(model, memory, ids[0, -1:])]).float()
+        same = (ours - own).abs().max() <= (1e-3 if model.dtype == torch.float32 else 0.1) * own.abs().max().clamp(min=1)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise InputError(f"--model {name}: {model.config.model_type} cannot share a prompt's keys and values ({str(error).splitlines()[0]}); "
+                         "Qwen2, Qwen3, Llama and Mistral can") from None
+    if not same:
+        raise InputError(f"--model {name}: {model.config.model_type} does something to its logits or its attention that sharing a prompt "
+                         "leaves out; Qwen2, Qwen3, Llama and Mistral can be used")
 
 
 def load_tokenizer(name: str):
@@ -578,7 +606,7 @@ class Reranker:
         self.agent = load_agent(model, device, dtype) if isinstance(model, str) else model
         self.prompt, self.window, self.step, self.temperature, self.seed = prompt, window, step, temperature, seed
         self.max_new_tokens, self.max_prompt_tokens, self.max_rows = max_new_tokens, max_prompt_tokens, max_rows
-        self.answer_start = "" if think else "<think> </think> "
+        self.answer_start, self.calls = "" if think else "<think> </think>", 0
 
     def rank(self, query: str, documents: list[str], top_k: int | None = None) -> Reranking:
         """The documents in the model's order, the best `top_k` of them (default: all)."""
@@ -615,8 +643,9 @@ class Reranker:
         """One model call for each (query, documents, positions of its window)."""
         prompts = [encode_prompt(self.agent.tokenizer, query, [documents[p] for p in positions], self.prompt,
                                  self.max_prompt_tokens, self.answer_start) for query, documents, positions in asked]
+        self.calls += 1  # so that no two calls draw the same random numbers
         completions = sample(self.agent.model, prompts, 1, self.max_new_tokens, self.temperature, self.agent.stop_ids,
-                             self.seed, self.max_rows, progress)
+                             self.seed * 1_000_003 + self.calls, self.max_rows, progress)
         windows = []
         for (_, _, positions), prompt, (completion,) in zip(asked, prompts, completions):
             response = self.answer_start + self.agent.decode(completion)
@@ -677,11 +706,12 @@ def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
                 for candidates, ranking in zip(batch, rankings):
                     run[candidates.qid] = [candidates.docids[r.index] for r in ranking] + candidates.docids[settings.top_k:]
                     for window in ranking.windows:
-                        counts.update({"calls": 1, window.status: 1, "cut at the limit": not window.finished,
+                        counts.update({"calls": 1, window.status: 1, "cut at the limit": int(not window.finished),
                                        "prompt tokens": window.prompt_tokens, "new tokens": window.tokens})
                         file.write(json.dumps(trace_row(candidates, window), ensure_ascii=False) + "\n")
     finally:
-        write_run(settings.output, run, settings.tag)
+        if run:
+            write_run(settings.output, run, settings.tag)
         if len(run) < len(lists):
             print(f"stopped early: {settings.output} holds {len(run)} of {len(lists)} queries", file=sys.stderr)
     counts["queries"], counts["seconds"] = len(run), round(time.time() - started)
