@@ -11,7 +11,9 @@ import torch
 from conftest import full_logps, random_prompts, tiny_model
 
 import grpo
-from data import Instance, InputError, toy_answer, toy_combinations, toy_keywords, toy_task
+from data import (Instance, InputError, read_qrels, read_run, toy_answer, toy_combinations, toy_keywords, toy_task, write_candidates,
+                  write_qrels)
+from eval import evaluate
 from grpo import (MasterAdamW, Microbatch, RunFolder, ToySettings, batch_of, group_advantages, grpo_loss, k3, learning_rate, project_logps,
                   supervised, through_groups, token_mask, train)
 from rearank import Completion, encode_prompt, load_agent, sample
@@ -357,3 +359,40 @@ def test_the_toys_teacher_is_right_about_grades_and_vague_about_order():
 def test_the_toys_tokenizer_writes_and_reads_the_teachers_text(toy):
     text = toy_answer("rain bread coin", ["storm flour loan leaf"] * 2, graded=True)
     assert toy.tokenizer.decode(toy.tokenizer(text)["input_ids"]) == text
+
+
+def test_the_toy_run_goes_from_data_to_a_table_of_its_own_trec_files(tmp_path, capsys):
+    """The complete path, with too little training to learn anything: every file that is promised, and numbers that eval.py confirms."""
+    out = tmp_path / "run"
+    settings = dataclasses.replace(ToySettings(), out=str(out), sft_steps=2, steps=2, prompts_per_step=2, group=4, max_new_tokens=6, eval_queries=8)
+    assert grpo.toy_run(settings) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"seed", "seconds", "queries", "first_stage", "warm_start", "warm_start_doubled", "grpo", "grpo_without_think", "sliding_window",
+            "gain", "gain_over_doubled"} == set(summary)
+    assert set(summary["sliding_window"]) == {"first_stage", "warm_start", "grpo"} and set(summary["gain"]) == {"mean", "low", "high"}
+    assert summary["gain"]["mean"] == pytest.approx(summary["grpo"] - summary["warm_start"])
+    scores = evaluate(read_qrels(out / "window.qrels"), read_run(out / "window.grpo.trec"), ["ndcg_cut.10"])
+    assert sum(s["ndcg_cut_10"] for s in scores.values()) / len(scores) == pytest.approx(summary["grpo"])
+    assert len((out / "log.csv").read_text().splitlines()) == 3 and "labels of [1]" in (out / "samples.txt").read_text()
+    assert {"config.json", "checkpoint", "state", "long.jsonl"} <= {p.name for p in out.iterdir()}
+    assert "after GRPO" in capsys.readouterr().out
+    load_agent(str(out / "checkpoint"), "cpu")
+
+
+def test_a_model_folder_trains_on_candidate_files(toy, tmp_path):
+    """The road of `python grpo.py --model ...`, with the toy's own checkpoint standing for a real one."""
+    toy.model.save_pretrained(tmp_path / "m")
+    toy.tokenizer.save_pretrained(tmp_path / "m")
+    candidates, qrels = toy_task(3, 12, seed=1)
+    write_candidates(tmp_path / "c.jsonl", candidates)
+    write_qrels(tmp_path / "q.txt", qrels)
+    argv = ["--model", str(tmp_path / "m"), "--data", str(tmp_path / "c.jsonl"), "--qrels", str(tmp_path / "q.txt"), "--out", str(tmp_path / "o"),
+            "--prompt", "toy", "--window", "5", "--prompts-per-step", "2", "--group", "2", "--steps", "1", "--sft-steps", "1",
+            "--max-new-tokens", "5", "--device", "cpu", "--checkpointing"]
+    assert grpo.main(argv) == 0
+    row = list(csv.DictReader(open(tmp_path / "o/log.csv")))[0]
+    assert row["step"] == "1" and float(row["kl"]) == pytest.approx(0, abs=1e-6)  # the first step still is the reference
+    with pytest.raises(InputError, match="--resume"):
+        grpo.main(argv)  # an earlier run is never overwritten without being asked
+    with pytest.raises(InputError, match="need --model"):
+        grpo.main(["--data", "x"])
