@@ -173,14 +173,29 @@ def test_projecting_in_chunks_changes_no_gradient(model, monkeypatch):
 
 def test_the_end_token_has_a_gradient_where_pad_and_end_are_one_token(model):
     assert model.config.pad_token_id == model.config.eos_token_id == 3
-    answer = [*random_prompts(4, seed=1)[0], 3]
-    seen = []
-    def loss_of(batch):
-        batch.logps.retain_grad()
-        seen.append(batch.logps)
-        return grpo_loss(batch.logps, None, torch.ones(1), batch.lengths, 0.0)
-    through_groups(model, random_prompts(9), [answer], loss_of, learn=True)
-    assert seen[0].grad.shape == (1, 5) and (seen[0].grad == -0.2).all()
+    prompt, answer = random_prompts(9)[0], [*random_prompts(4, seed=1)[0], 3]
+    through_groups(model, [prompt], [answer], lambda batch: -batch.logps[0, 4], learn=True)  # of the end token alone
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    (-full_logps(model, prompt, answer)[4]).backward()
+    assert relative_error(got, [p.grad for p in model.parameters()]) <= 1e-5
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_an_update_is_the_same_however_it_is_cut_into_micro_batches(beta):
+    prompts, answers, *_ = problem()
+    rollouts = grpo.Rollouts([], prompts, [Completion(a, True) for a in answers], [], [], 1.0)
+    rewards = torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.0, 0.0], [0.7, 0.7, 0.7]])
+    results = []
+    for answer_tokens in (1, 20, 10**6):
+        model = tiny_model()
+        optimizer = MasterAdamW(list(model.parameters()))
+        settings = dataclasses.replace(ToySettings(), beta=beta, answer_tokens=answer_tokens)
+        reference = tiny_model(seed=1) if beta else None
+        results.append(grpo.update_policy(grpo.Agent(model, None, []), reference, optimizer, rollouts, rewards, 1e-3, settings))
+    for name in ("grad_norm", "kl", "entropy", "loss"):
+        assert results[0][name] == pytest.approx(results[2][name], rel=1e-4, abs=1e-6) == results[1][name]
+    assert results[0]["grad_norm"] > 0.01 and (results[0]["kl"] > 0) == (beta > 0)
 
 
 def test_entropy_is_that_of_the_distribution():
