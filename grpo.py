@@ -396,7 +396,7 @@ def sample_rollouts(agent: Agent, instances: list[Instance], settings: Settings,
 def update_policy(agent: Agent, reference, optimizer: MasterAdamW, rollouts: Rollouts, rewards: Tensor, lr: float,
                   settings: Settings) -> dict[str, float]:
     """One GRPO update from rewards [B, G]. Returns kl, entropy (means over tokens), loss, grad_norm."""
-    model, (B, G) = agent.model, rewards.shape
+    B, G = rewards.shape
     advantages = group_advantages(rewards)  # [B, G]
     answers = [c.ids for c in rollouts.completions]
     road = dict(answer_tokens=settings.answer_tokens, prompt_tokens=settings.prompt_tokens, temperature=settings.temperature)
