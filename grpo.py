@@ -620,7 +620,8 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
     needs_reference = settings.beta > 0 or settings.log_kl
     reference = copy.deepcopy(agent.model).requires_grad_(False) if needs_reference else None
     optimizer = MasterAdamW(list(agent.model.parameters()), settings.weight_decay, settings.offload)
-    done = saved = folder.load_state(optimizer) if settings.resume else 0
+    done = folder.load_state(optimizer) if settings.resume else 0
+    saved = done if settings.resume else -1  # a checkpoint an earlier run left in the folder is not ours
     try:
         for step in tqdm(range(done + 1, settings.steps + 1), desc="GRPO", unit="step", initial=done, total=settings.steps):
             lr = learning_rate(step, settings.steps, settings.lr, settings.warmup, settings.decay)
@@ -633,7 +634,7 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
                 folder.save(agent, optimizer, step)
                 saved = step
     finally:
-        if saved < done or not (folder.path / "checkpoint").exists():
+        if saved < done:
             folder.save(agent, optimizer, done)
         optimizer.release()
 

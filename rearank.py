@@ -226,7 +226,8 @@ class DecodeMemory:
         place = torch.arange(len(self.owner), device=self.owner.device) - (counts.cumsum(0) - counts)[self.owner]
         self.slots = self.owner * self.per_prompt + place
         self.full = bool((counts == self.per_prompt).all())  # then the slots are just 0..R-1: nothing to move
-        self.prompt_bias = torch.zeros_like(self.prompts.mask(), dtype=torch.float32).masked_fill_(~self.prompts.mask(), -torch.inf)
+        mask = self.prompts.mask()
+        self.prompt_bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)  # [S, P]
 
     def begin_step(self, width: int) -> None:
         """The coming token is written at each row's present length; its row sees its first `width` places at most."""
