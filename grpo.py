@@ -105,21 +105,89 @@ def grpo_loss(logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, lengt
 
 
 class AnswerMemory:
-    """Attention of B answers [B, T] over the prompt each belongs to (`owner` [B]) and over themselves, causally."""
+    """Attention of B answers [B, T] over the prompt each belongs to (`owner` [B], ascending) and over themselves, causally."""
 
     def __init__(self, prompts: EncodedPrompts, owner: Tensor, width: int):
         self.prompts, self.owner = prompts, owner
-        own = torch.ones(width, width, dtype=torch.bool, device=owner.device).tril().expand(len(owner), -1, -1)
-        shared = prompts.mask()[owner][:, None].expand(-1, width, -1)
-        self.mask = torch.cat([shared, own], -1)[:, None]  # [B, 1, T, P + T]
+        if owner.device.type == "cpu":
+            self.counts = torch.bincount(owner, minlength=len(prompts.lengths)).tolist()  # answers of each prompt
+            self.lengths = prompts.lengths.tolist()
+        else:
+            own = torch.ones(width, width, dtype=torch.bool, device=owner.device).tril().expand(len(owner), -1, -1)
+            shared = prompts.mask()[owner][:, None].expand(-1, width, -1)
+            self.mask = torch.cat([shared, own], -1)[:, None]  # [B, 1, T, P + T]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        keys = torch.cat([self.prompts.keys[layer][self.owner], key], 2)  # [B, K, P + T, D]
-        values = torch.cat([self.prompts.values[layer][self.owner], value], 2)
-        share = query.shape[1] // key.shape[1]  # query heads that read one key-value head
-        if share > 1 and query.is_cuda:  # with a mask, CUDA's fused kernels want as many key heads as query heads
-            keys, values, share = keys.repeat_interleave(share, 1), values.repeat_interleave(share, 1), 1
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, scale=scaling, enable_gqa=share > 1)
+        prompt_keys, prompt_values, share = self.prompts.keys[layer], self.prompts.values[layer], query.shape[1] // key.shape[1]
+        expand = lambda x: x.repeat_interleave(share, 1) if share > 1 else x  # noqa: E731  `share` query heads read one key-value head
+        if query.device.type == "cpu":
+            return AttentionInParts.apply(query, expand(key), expand(value), prompt_keys, prompt_values, self.counts, self.lengths, scaling)
+        # On a GPU attention is a few per cent of a step: there the prompt's keys may well be copied to its answers, [B, H, P + T, D].
+        keys, values = (expand(torch.cat([shared[self.owner], own], 2)) for shared, own in ((prompt_keys, key), (prompt_values, value)))
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, scale=scaling)
+
+
+class AttentionInParts(torch.autograd.Function):
+    """softmax(q [K_prompt, K_own]) [V_prompt, V_own] with the prompt's keys where they are: one product a prompt for all its answers.
+
+    Each part is attention by itself, with the logarithm of its normaliser (lse); the whole is their mean, weighted by
+    exp(lse_part - lse). Backward needs nothing more: weights are exp(scores - lse) with the lse of the whole, so a part's own
+    backward pass, given the whole's output and lse, is that part of the whole's. torch's fused CPU kernels take them as they are.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, prompt_keys, prompt_values, counts, lengths, scaling):
+        """query, key, value [B, H, T, D], the rows of a prompt together; prompt_keys, prompt_values [S, K, P, D]; counts, lengths: of each prompt."""
+        ctx.parts, ctx.scaling, K, T = prompt_parts(counts, lengths), scaling, prompt_keys.shape[1], query.shape[2]
+        own, own_lse = CPU_ATTENTION(query, key, value, 0.0, True, scale=scaling)
+        out, lse = torch.empty_like(query), torch.empty_like(own_lse)
+        for s, rows, places in ctx.parts:
+            part, part_lse = CPU_ATTENTION(fold(query[rows], K), prompt_keys[s:s + 1, :, :places], prompt_values[s:s + 1, :, :places], scale=scaling)
+            out[rows], lse[rows] = unfold(part, query[rows]), unfold(part_lse[..., None], query[rows])[..., 0]
+        out = torch.lerp(out, own, torch.sigmoid(own_lse - lse)[..., None])
+        lse = torch.logaddexp(lse, own_lse)
+        ctx.save_for_backward(query, key, value, prompt_keys, prompt_values, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Gradients of query, key, value, prompt_keys, prompt_values, each in its own shape."""
+        query, key, value, prompt_keys, prompt_values, out, lse = ctx.saved_tensors
+        grad, K = grad.contiguous(), prompt_keys.shape[1]
+        query_grad, key_grad, value_grad = CPU_ATTENTION_BACKWARD(grad, query, key, value, out, lse, 0.0, True, scale=ctx.scaling)
+        keys_grad, values_grad = torch.zeros_like(prompt_keys), torch.zeros_like(prompt_values)
+        for s, rows, places in ctx.parts:
+            where = (slice(s, s + 1), slice(None), slice(places))
+            part, keys_grad[where], values_grad[where] = CPU_ATTENTION_BACKWARD(
+                fold(grad[rows], K), fold(query[rows], K), prompt_keys[where], prompt_values[where], fold(out[rows], K),
+                fold(lse[rows][..., None], K)[..., 0], 0.0, False, scale=ctx.scaling)
+            query_grad[rows] += unfold(part, query[rows])
+        return query_grad, key_grad, value_grad, keys_grad, values_grad, None, None, None
+
+
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def prompt_parts(counts, lengths):
+    parts, start = [], 0
+    for s, (count, places) in enumerate(zip(counts, lengths)):
+        if count:
+            parts.append((s, slice(start, start + count), places))
+        start += count
+    return parts
+
+
+def fold(x: Tensor, heads: int) -> Tensor:
+    """[b, H, T, e] -> [1, K, n * b * T, e]: all that reads one key-value head of one prompt, in one row."""
+    b, H, T, e = x.shape
+    return x.view(b, heads, H // heads, T, e).permute(1, 2, 0, 3, 4).reshape(1, heads, -1, e)
+
+
+def unfold(x: Tensor, like: Tensor) -> Tensor:
+    """[1, K, n * b * T, e] -> [b, H, T, e], as in `like`."""
+    b, H, T, _ = like.shape
+    return x.reshape(H, b, T, -1).transpose(0, 1)
 
 
 def project_logps(hidden: Tensor, head: torch.nn.Module, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -210,7 +278,7 @@ def through_groups(model, prompts: Sequence[Sequence[int]], answers: Sequence[Se
             rows = sorted((g * G + i for g in groups for i in range(G)), key=lambda r: -len(answers[r]))
             while rows:
                 count = max(1, answer_tokens // len(answers[rows[0]]))
-                now, rows = rows[:count], rows[count:]
+                now, rows = sorted(rows[:count]), rows[count:]
                 owner = torch.tensor([r // G - groups.start for r in now], device=device)
                 logps, entropy, lengths = answer_logps(model, cut, owner, [answers[r] for r in now], temperature)
                 loss = visit(Microbatch(torch.tensor(now, device=device), logps, entropy, lengths))

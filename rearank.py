@@ -190,11 +190,11 @@ class EncodedPrompts:
         return torch.arange(self.keys[0].shape[2], device=self.lengths.device) < self.lengths[:, None]
 
 
-def encode_prompts(model, prompts: Sequence[Sequence[int]], pad_to: int = 0) -> EncodedPrompts:
+def encode_prompts(model, prompts: Sequence[Sequence[int]]) -> EncodedPrompts:
     """One forward pass over S prompts. Right padding is harmless: attention is causal, so no real token sees it."""
     device = model.get_input_embeddings().weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    width = max(pad_to, *(len(p) for p in prompts))
+    width = max(map(len, prompts))
     ids = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts], device=device)  # [S, P]
     memory = PromptMemory()
     positions = torch.arange(width, device=device)[None]
@@ -204,96 +204,216 @@ def encode_prompts(model, prompts: Sequence[Sequence[int]], pad_to: int = 0) -> 
                           hidden[torch.arange(len(prompts), device=device), lengths - 1])
 
 
-class DecodeMemory:
-    """Attention of R rows, one new token each, over their prompts (shared) and their own answers so far.
+def attend_part(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax attention to one part of what a token may read: output [.., n, D] and the log of the softmax's normaliser [.., n, 1], float32."""
+    scores = (query @ keys.transpose(-1, -2)).float()  # [.., n, P]
+    if bias is not None:
+        scores += bias
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return (weights.to(values.dtype) @ values).float() / total, top + total.log()
 
-    The scores against the prompts are one matrix product a prompt, [G rows x D] @ [D x P], where a cache expanded to the
-    group would read P keys R times over. `slots` [R] says where row r stands in that padded [S, G] arrangement.
+
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is not below n."""
+    return -(-n // multiple) * multiple
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def close_ranks(n: int, gone: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Of n in a row, some go and the last take their places: the places filled, and who moves to each."""
+    left, stay = set(gone), n - len(gone)
+    return [i for i in range(stay) if i in left], [i for i in range(stay, n) if i not in left]
+
+
+def captured(advance: Callable[[], object], pool) -> Callable[[], None]:
+    """`advance` as a CUDA graph: every kernel it launches, recorded once, launched again by one call on the same addresses."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        advance()
+    return graph.replay
+
+
+class Decoder:
+    """R rows (answers being written) over the S prompts they share; `step` gives each row one token more.
+
+    A row attends to its prompt and to its own answer apart, and the two are joined by their softmax normalisers. The
+    prompt's part is one matrix product a prompt, [G rows x D] @ [D x P], where a cache expanded to the rows would be read R times.
+
+    Keys, values and state live in buffers with room for more; who leaves is overwritten by who stands last. So nothing is
+    ever copied whole, and a step finds everything at the addresses of the step before. That is what a CUDA graph needs: with
+    `graphs`, shapes are rounded up to a few and each is captured once and then replayed, for at a few dozen rows a GPU
+    would otherwise wait for Python. Rounding adds rows and places that nobody reads; it changes no token.
     """
 
-    def __init__(self, prompts: EncodedPrompts, owner: Tensor, capacity: int):
-        self.prompts, self.owner, self.lengths = prompts, owner, torch.zeros_like(owner)  # [R], [R]
-        like = prompts.keys[0]
-        shape = (len(owner), like.shape[1], capacity, like.shape[3])  # [R, K, T, D]
-        self.keys = [like.new_zeros(shape) for _ in prompts.keys]
-        self.values = [like.new_zeros(shape) for _ in prompts.keys]
+    def __init__(self, model, max_rows: int, prompt_width: int, temperature: float = 1.0, graphs: bool = False):
+        self.model, self.temperature, self.graphs, self.prompt_width = model, temperature, graphs, prompt_width
+        self.device = model.get_input_embeddings().weight.device
+        self.owner: list[int] = []  # [R], each row's prompt
+        self.ages: list[int] = []  # [R], what `lengths` holds, known without asking the device
+        self.prompts: list[int] = []  # [S], lengths of the prompts
+        self.own: list[Tensor] = []  # a layer: keys and values of the answers, [2, room, K, T, D]
+        self.shared: list[Tensor] = []  # a layer: keys and values of the prompts, [2, room, K, P, D]
+        numbers = lambda n: torch.zeros(n, dtype=torch.long, device=self.device)  # noqa: E731
+        room = round_up(max_rows, 16)
+        self.tokens, self.lengths, self.starts = numbers(room), numbers(room), numbers(room)  # newest token; answer before it; prompt
+        self.uniforms = torch.zeros(room, 1, device=self.device)  # each row's random numbers, one a token
+        self.prompt_lengths, self.slot_of, self.row_at = numbers(0), numbers(room), numbers(0)
+        self.replays: dict[tuple, Callable[[], None] | None] = {}
+        self.pool = torch.cuda.graph_pool_handle() if graphs and self.device.type == "cuda" else None
+
+    # --- prompts and rows come and go
+
+    def admit(self, prompts: Sequence[Sequence[int]], group: int, uniforms: Tensor) -> Tensor:
+        """Encode prompts and begin `group` answers to each, whose random numbers are uniforms [S * G, T]. Returns their first tokens [S * G]."""
+        encoded = encode_prompts(self.model, prompts)
+        R, S, width = len(self.owner), len(self.prompts), encoded.keys[0].shape[2]
+        owner = torch.arange(len(prompts), device=self.device).repeat_interleave(group)
+        self.prompts += map(len, prompts)
+        self.owner += (S + owner).tolist()
+        self.ages += [0] * len(owner)
+        self.make_room(encoded.keys[0], len(encoded.keys), uniforms.shape[1])
+        for shared, keys, values in zip(self.shared, encoded.keys, encoded.values):
+            shared[0, S:len(self.prompts), :, :width], shared[1, S:len(self.prompts), :, :width] = keys, values
+        self.prompt_lengths[S:len(self.prompts)] = encoded.lengths
+        new = slice(R, len(self.owner))
+        self.uniforms[new], self.lengths[new], self.starts[new] = uniforms.to(self.device), 0, encoded.lengths[owner]
+        self.tokens[new] = pick_tokens(self.model.lm_head(encoded.last_hidden)[owner], self.temperature, self.uniforms[new, 0])
         self.arrange()
+        return self.tokens[new]
+
+    def retire(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+        """These rows go, and with them the prompts that nobody reads any more. Returns `close_ranks` of the rows."""
+        places, movers = close_ranks(len(self.owner), rows)
+        if movers:
+            to, who, width = torch.tensor(places, device=self.device), torch.tensor(movers, device=self.device), max(self.ages)
+            for own in self.own:
+                own[:, to, :, :width] = own[:, who, :, :width]
+            for state in (self.tokens, self.lengths, self.starts, self.uniforms):
+                state[to] = state[who]
+        for state in (self.owner, self.ages):
+            for place, mover in zip(places, movers):
+                state[place] = state[mover]
+            del state[len(state) - len(rows):]
+
+        S, used = len(self.prompts), set(self.owner)
+        places_of_prompts, moved = close_ranks(S, [p for p in range(S) if p not in used])
+        for place, mover in zip(places_of_prompts, moved):
+            for shared in self.shared:
+                shared[:, place] = shared[:, mover]
+            self.prompt_lengths[place], self.prompts[place] = self.prompt_lengths[mover], self.prompts[mover]
+        del self.prompts[len(used):]
+        renamed = dict(zip(moved, places_of_prompts))
+        self.owner = [renamed.get(p, p) for p in self.owner]
+        self.arrange()
+        return places, movers
+
+    def make_room(self, like: Tensor, layers: int, answer_width: int) -> None:
+        """Buffers, large enough for the prompts and rows there are. New ones have new addresses, so what was captured is void."""
+        K, D, room = like.shape[1], like.shape[3], power_of_two(len(self.prompts))
+        if not self.own:
+            self.uniforms = self.uniforms.expand(-1, answer_width).clone()
+            self.own = [like.new_zeros(2, len(self.tokens), K, 64, D) for _ in range(layers)]
+            self.shared = [like.new_zeros(2, 0, K, self.prompt_width, D) for _ in range(layers)]
+        if room > len(self.prompt_lengths):
+            more = room - len(self.prompt_lengths)
+            self.shared = [F.pad(x, (0, 0, 0, 0, 0, 0, 0, more)) if x.shape[1] else x.new_zeros(2, room, *x.shape[2:]) for x in self.shared]
+            self.prompt_lengths = F.pad(self.prompt_lengths, (0, more), value=1)
+            self.replays.clear()
 
     def arrange(self) -> None:
-        """Recompute what depends on which rows are present. Rows of a prompt stand together."""
-        counts = torch.bincount(self.owner, minlength=len(self.prompts.lengths))
-        self.per_prompt = int(counts.max())
-        place = torch.arange(len(self.owner), device=self.owner.device) - (counts.cumsum(0) - counts)[self.owner]
-        self.slots = self.owner * self.per_prompt + place
-        self.full = bool((counts == self.per_prompt).all())  # then the slots are just 0..R-1: nothing to move
-        mask = self.prompts.mask()
-        self.prompt_bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)  # [S, P]
+        """Where each row stands when the rows meet their prompts as [S, G], and the rounded sizes of the coming steps."""
+        R, S = len(self.owner), len(self.prompts)
+        most = max(Counter(self.owner).values(), default=0)
+        self.R, self.S, self.G = (round_up(R, 16), power_of_two(S), power_of_two(most)) if self.graphs and S else (R, S, most)
+        if S == 1:
+            self.G = self.R
+        row_at, slot_of, taken = [0] * (self.S * self.G), [0] * self.R, Counter()
+        for row, prompt in enumerate(self.owner if S != 1 else [0] * self.R):
+            slot = prompt * self.G + taken[prompt]
+            taken[prompt] += 1
+            row_at[slot], slot_of[row] = row, slot
+        self.in_order = row_at == list(range(self.R))  # then there is nothing to move
+        if len(row_at) > len(self.row_at):
+            self.row_at = torch.zeros(power_of_two(len(row_at)), dtype=torch.long, device=self.device)
+            self.replays.clear()
+        self.row_at[:len(row_at)] = torch.tensor(row_at, dtype=torch.long)
+        self.slot_of[:self.R] = torch.tensor(slot_of, dtype=torch.long)
+        self.lengths[R:] = 0  # rows nobody reads: never longer than the others
 
-    def begin_step(self, width: int) -> None:
-        """The coming token is written at each row's present length; its row sees its first `width` places at most."""
-        self.width = width
-        places = torch.arange(width, device=self.lengths.device)
-        self.rows = torch.arange(len(self.owner), device=self.lengths.device)
-        self.own_bias = torch.zeros(len(self.owner), width, device=self.lengths.device)
-        self.own_bias.masked_fill_(places > self.lengths[:, None], -torch.inf)  # [R, T]
+    # --- one step
+
+    def step(self) -> Tensor:
+        """One token more for each row: draws and returns them, [R]."""
+        self.widen()
+        shape = (self.R, self.S, self.G, self.width, self.in_order)
+        if not self.graphs or shape not in self.replays:
+            self.replays[shape] = None  # a shape's first step is the warm-up that capturing asks for
+            self.advance()
+        else:
+            self.replays[shape] = self.replays[shape] or captured(self.advance, self.pool)
+            self.replays[shape]()
+        self.ages = [age + 1 for age in self.ages]
+        return self.tokens[:len(self.owner)]
+
+    def widen(self) -> None:
+        """Set how many places of the answers the coming step reads; it writes the last of them in the longest row."""
+        self.width = round_up(max(self.ages) + 1, 256 if self.graphs else 1)
+        room = self.own[0].shape[3]
+        if self.width > room:
+            for layer, own in enumerate(self.own):  # one at a time: all of them twice would be a great deal of memory
+                self.own[layer] = F.pad(own, (0, 0, 0, power_of_two(self.width) - room))
+            self.replays.clear()
+
+    def advance(self) -> None:
+        """The step itself. It reads and writes buffers only: nothing here waits for the device or depends on a value in it."""
+        logits, R = self.next_logits(), self.R
+        self.lengths[:R] += 1
+        drawn = self.lengths[:R].clamp(max=self.uniforms.shape[1] - 1)
+        self.tokens[:R] = pick_tokens(logits, self.temperature, self.uniforms[:R].gather(1, drawn[:, None])[:, 0])
+
+    def next_logits(self) -> Tensor:
+        """Feed each row its newest token; the logits of the next, [R, V]."""
+        R, lengths = self.R, self.lengths[:self.R]
+        self.rows = torch.arange(R, device=self.device)
+        # Where all are of one length no mask is needed. A captured step must do for all lengths.
+        self.own_bias = None if not self.graphs and min(self.ages) + 1 == self.width else self.bias(lengths + 1, self.width)
+        self.prompt_bias = None if not self.graphs and min(self.prompts) == self.prompt_width else self.bias(self.prompt_lengths[:self.S], self.prompt_width)
+        hidden = self.model.base_model(input_ids=self.tokens[:R, None], position_ids=(self.starts[:R] + lengths)[:, None], use_cache=False,
+                                       memory=self).last_hidden_state
+        return self.model.lm_head(hidden[:, -1])
+
+    def bias(self, lengths: Tensor, width: int) -> Tensor:
+        """[n] -> [n, 1, 1, width]: 0 at the first `lengths` places, -inf behind them."""
+        behind = torch.arange(width, device=self.device) >= lengths[:, None]
+        return torch.zeros(behind.shape, device=self.device).masked_fill_(behind, -torch.inf)[:, None, None]
 
     def to_slots(self, x: Tensor) -> Tensor:
-        """[R, K, n, e] -> [S, K, G * n, e], zeros in empty slots."""
-        S, G = len(self.prompts.lengths), self.per_prompt
-        if not self.full:
-            x = x.new_zeros(S * G, *x.shape[1:]).index_copy(0, self.slots, x)
-        return x.view(S, G, *x.shape[1:]).transpose(1, 2).reshape(S, x.shape[1], G * x.shape[2], x.shape[3])
+        """[R, K, n, e] -> [S, K, G * n, e]; in empty slots stands some row, which nobody reads."""
+        x = x if self.in_order else x[self.row_at[:self.S * self.G]]
+        return x.reshape(self.S, self.G, *x.shape[1:]).transpose(1, 2).reshape(self.S, x.shape[1], self.G * x.shape[2], x.shape[3])
 
     def to_rows(self, x: Tensor, n: int) -> Tensor:
         """[S, K, G * n, e] -> [R, K, n, e]: the inverse of `to_slots`."""
-        S, K, _, e = x.shape
-        x = x.view(S, K, self.per_prompt, n, e).transpose(1, 2).reshape(S * self.per_prompt, K, n, e)
-        return x if self.full else x[self.slots]
+        K, e = x.shape[1], x.shape[3]
+        x = x.view(self.S, K, self.G, n, e).transpose(1, 2).reshape(self.S * self.G, K, n, e)
+        return x if self.in_order else x[self.slot_of[:self.R]]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         R, H, _, D = query.shape
         K, n = key.shape[1], H // key.shape[1]  # n query heads share one key-value head
-        self.keys[layer][self.rows, :, self.lengths] = key[:, :, 0]
-        self.values[layer][self.rows, :, self.lengths] = value[:, :, 0]
-        own_keys, own_values = self.keys[layer][:, :, :self.width], self.values[layer][:, :, :self.width]
-        query = query.view(R, K, n, D)
-        own = (query @ own_keys.transpose(-1, -2)).float() * scaling + self.own_bias[:, None, None]  # [R, K, n, T]
-        shared = self.to_slots(query) @ self.prompts.keys[layer].transpose(-1, -2)  # [S, K, G * n, P]
-        shared = self.to_rows(shared.float() * scaling + self.prompt_bias[:, None, None], n)  # [R, K, n, P]
-        P = shared.shape[-1]
-        weights = torch.cat([shared, own], -1).softmax(-1).to(value.dtype)  # one softmax over prompt and answer
-        out = weights[..., P:] @ own_values
-        out = out + self.to_rows(self.to_slots(weights[..., :P]) @ self.prompts.values[layer], n)
-        return out.view(R, H, 1, D)
-
-    def keep(self, rows: Tensor) -> None:
-        """Only these rows go on. Prompts that no row reads any more are let go."""
-        used, self.owner = self.owner[rows].unique(return_inverse=True)
-        if len(used) < len(self.prompts.lengths):
-            self.prompts = EncodedPrompts([k[used] for k in self.prompts.keys], [v[used] for v in self.prompts.values],
-                                          self.prompts.lengths[used], self.prompts.last_hidden[used])
-        self.lengths = self.lengths[rows]
-        for cache in (self.keys, self.values):
-            for layer in range(len(cache)):  # one at a time: both caches twice would be a great deal of memory
-                cache[layer] = cache[layer][rows]
-        self.arrange()
-
-    def join(self, other: DecodeMemory) -> None:
-        """Take in the prompts and rows of `other`, behind our own."""
-        a, b = self.prompts, other.prompts
-        both = lambda x, y: [torch.cat(pair) for pair in zip(x, y)]  # noqa: E731
-        self.owner = torch.cat([self.owner, other.owner + len(a.lengths)])
-        self.prompts = EncodedPrompts(both(a.keys, b.keys), both(a.values, b.values), torch.cat([a.lengths, b.lengths]),
-                                      torch.cat([a.last_hidden, b.last_hidden]))
-        self.lengths = torch.cat([self.lengths, other.lengths])
-        self.keys, self.values = both(self.keys, other.keys), both(self.values, other.values)
-        self.arrange()
-
-    def grow(self, capacity: int) -> None:
-        """Room for `capacity` answer tokens a row."""
-        for cache in (self.keys, self.values):
-            for layer, x in enumerate(cache):
-                cache[layer] = F.pad(x, (0, 0, 0, capacity - x.shape[2]))
+        (own_keys, own_values), (prompt_keys, prompt_values) = self.own[layer], self.shared[layer]
+        self.own[layer][:, self.rows, :, self.lengths[:R]] = torch.cat([key, value], 2).transpose(1, 2)  # [R, 2, K, D]
+        query = query.reshape(R, K, n, D) * scaling
+        prompt, prompt_norm = attend_part(self.to_slots(query), prompt_keys[:self.S], prompt_values[:self.S], self.prompt_bias)
+        own, own_norm = attend_part(query, own_keys[:R, :, :self.width], own_values[:R, :, :self.width], self.own_bias)
+        share = torch.sigmoid(self.to_rows(prompt_norm, n) - own_norm)  # of the whole softmax that lies on the prompt, [R, K, n, 1]
+        return torch.lerp(own, self.to_rows(prompt, n), share).to(value.dtype).view(R, H, 1, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,72 +440,45 @@ def pick_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model, prompts: Sequence[Sequence[int]], group: int = 1, max_new_tokens: int = 2048, temperature: float = 1.0,
            stop_ids: Sequence[int] = (), seed: int = 0, max_rows: int = 128, progress: Callable[[int], None] | None = None,
-           ) -> list[list[Completion]]:
+           graphs: bool = True) -> list[list[Completion]]:
     """Draw `group` answers to each prompt. Returns one list of completions per prompt, in the prompts' order.
 
     Each prompt is encoded once for its whole group. Rows that have ended leave the batch and the rows of the next
     prompts take their places, so that about `max_rows` answers are written at any time. The same seed gives the same
     tokens whatever `max_rows` is (up to rounding). `progress` is called with the number of answers just ended.
+    `graphs`: decode by CUDA graphs, on CUDA.
     """
     device, total = model.get_input_embeddings().weight.device, len(prompts) * group
     uniforms = torch.rand(total, max_new_tokens if temperature else 1, generator=torch.Generator().manual_seed(seed))
-    written: list[list[int]] = [[] for _ in range(total)]  # answer r belongs to prompt r // group
+    written: list[list[int]] = [[] for _ in range(total)]  # answer a belongs to prompt a // group
     finished = [False] * total
-    stop, longest = set(stop_ids), max(map(len, prompts), default=0)
-
-    def choose(logits: Tensor, rows: list[int]) -> Tensor:
-        """Draw and record one token for each row, [R, V] -> [R]."""
-        steps = torch.tensor([len(written[r]) if temperature else 0 for r in rows])
-        drawn = pick_tokens(logits, temperature, uniforms[torch.tensor(rows), steps].to(device))
-        for r, token in zip(rows, drawn.tolist()):
-            written[r].append(token)
-            finished[r] = token in stop
-        return drawn
-
-    admitted, memory, rows, tokens = 0, None, [], torch.empty(0, dtype=torch.long, device=device)
+    stop, longest, most = set(stop_ids), max(map(len, prompts), default=0), max(group, min(max_rows, total))
+    decoder = Decoder(model, most, longest, temperature, graphs=graphs and device.type == "cuda")
+    at_once = max(1, (2048 if device.type == "cpu" else 16384) // max(longest, 1))  # prompts encoded in one forward pass
+    admitted, rows = 0, []  # rows[r] is the answer that the decoder's row r writes
     with shared_attention(model):
         while admitted < len(prompts) or rows:
-            if admitted < len(prompts) and (not rows or len(rows) + group <= max_rows):
-                count = max(1, min((max_rows - len(rows)) // group, 16384 // longest, len(prompts) - admitted))
-                encoded = encode_prompts(model, prompts[admitted:admitted + count], pad_to=longest)
-                new = list(range(admitted * group, (admitted + count) * group))
-                owner = torch.arange(count, device=device).repeat_interleave(group)
-                fresh = DecodeMemory(encoded, owner, capacity=memory.keys[0].shape[2] if memory else 64)
-                if memory:
-                    memory.join(fresh)
-                else:
-                    memory = fresh
-                tokens = torch.cat([tokens, choose(model.lm_head(encoded.last_hidden)[owner], new)])
-                rows, admitted = rows + new, admitted + count
-            alive = [i for i, r in enumerate(rows) if not finished[r] and len(written[r]) < max_new_tokens]
-            if len(alive) == len(rows):
-                tokens = choose(decode_step(model, memory, tokens), rows)
-                continue
-            if progress:
-                progress(len(rows) - len(alive))
-            rows, index = [rows[i] for i in alive], torch.tensor(alive, dtype=torch.long, device=device)
-            tokens = tokens[index]
-            if rows:
-                memory.keep(index)
+            if admitted < len(prompts) and len(rows) + group <= most:
+                count = min((most - len(rows)) // group, at_once, len(prompts) - admitted)
+                writing = range(admitted * group, (admitted + count) * group)
+                tokens = decoder.admit(prompts[admitted:admitted + count], group, uniforms[writing.start:writing.stop])
+                rows, admitted = rows + list(writing), admitted + count
             else:
-                memory = None
+                writing, tokens = rows, decoder.step()
+            for answer, token in zip(writing, tokens.tolist()):
+                written[answer].append(token)
+                finished[answer] = token in stop
+            ended = [r for r, answer in enumerate(rows) if finished[answer] or len(written[answer]) >= max_new_tokens]
+            if ended:
+                for place, mover in zip(*decoder.retire(ended)):
+                    rows[place] = rows[mover]
+                del rows[len(rows) - len(ended):]
+                if progress:
+                    progress(len(ended))
     return [[Completion(written[p * group + g], finished[p * group + g]) for g in range(group)] for p in range(len(prompts))]
-
-
-def decode_step(model, memory: DecodeMemory, tokens: Tensor) -> Tensor:
-    """Feed each row its newest token [R] and return the logits of the next, [R, V]."""
-    width = int(memory.lengths.max()) + 1
-    if width > memory.keys[0].shape[2]:
-        memory.grow(2 * memory.keys[0].shape[2])
-    memory.begin_step(width)
-    positions = memory.prompts.lengths[memory.owner] + memory.lengths
-    hidden = model.base_model(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False,
-                              memory=memory).last_hidden_state
-    memory.lengths = memory.lengths + 1
-    return model.lm_head(hidden[:, -1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,9 +567,11 @@ def check_shared_prompt(name: str, model) -> None:
     try:
         own = model(input_ids=ids).logits[0, -2:].float()
         with shared_attention(model):
-            encoded = encode_prompts(model, ids[:, :-1].tolist())
-            memory = DecodeMemory(encoded, torch.zeros(1, dtype=torch.long, device=model.device), capacity=4)
-            ours = torch.cat([model.lm_head(encoded.last_hidden), decode_step(model, memory, ids[0, -1:])]).float()
+            encoded, decoder = encode_prompts(model, ids[:, :-1].tolist()), Decoder(model, 1, 7)
+            decoder.admit(ids[:, :-1].tolist(), 1, torch.zeros(1, 1))
+            decoder.tokens[0] = ids[0, -1]
+            decoder.widen()
+            ours = torch.cat([model.lm_head(encoded.last_hidden), decoder.next_logits()]).float()
         same = (ours - own).abs().max() <= (1e-3 if model.dtype == torch.float32 else 0.1) * own.abs().max().clamp(min=1)
     except (AttributeError, TypeError, RuntimeError) as error:
         raise InputError(f"--model {name}: {model.config.model_type} cannot share a prompt's keys and values ({str(error).splitlines()[0]}); "

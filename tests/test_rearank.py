@@ -9,7 +9,7 @@ from conftest import random_prompts, tiny_model
 
 import rearank
 from data import Candidates, InputError, read_run, toy_task, write_candidates
-from rearank import (Agent, DecodeMemory, Reranker, Settings, build_messages, decode_step, encode_prompt, encode_prompts, load_agent,
+from rearank import (Agent, Decoder, Reranker, Settings, build_messages, encode_prompt, encode_prompts, load_agent,
                      pick_tokens, rerank_file, sample, shared_attention, sliding_window, windows_of)
 
 # --- prompts
@@ -96,9 +96,13 @@ def test_dropping_finished_rows_and_taking_in_new_prompts_changes_no_token(model
 def test_cached_decoding_equals_a_full_forward(model):
     prompts, answer = random_prompts(17, 30), random_prompts(12, seed=9)[0]
     with torch.no_grad(), shared_attention(model):
-        owner = torch.tensor([0, 0, 1])
-        memory = DecodeMemory(encode_prompts(model, prompts), owner, capacity=4)  # 4: it has to grow on the way
-        steps = [decode_step(model, memory, torch.tensor([token] * 3)) for token in answer]  # [R, V] each
+        decoder, steps = Decoder(model, 4, 30), []
+        decoder.admit(prompts, 2, torch.zeros(4, 1))
+        for token in answer:
+            decoder.tokens[:4] = token
+            decoder.widen()
+            steps.append(decoder.next_logits()[[0, 1, 2]])  # [R, V] each
+            decoder.step()
     for row, prompt in enumerate([prompts[0], prompts[0], prompts[1]]):
         with torch.no_grad():
             full = model(torch.tensor([prompt + answer])).logits[0, len(prompt):]
