@@ -48,8 +48,8 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from data import (TOY_CONCEPTS, TOY_GRADES, InputError, Instance, atomic_write, command_line, expand, read_candidates, read_instances, read_qrels,
                   read_run, run_main, setting, toy_answer, toy_task, training_pool, write_candidates, write_qrels, write_run)
 from eval import bootstrap_interval, evaluate
-from rearank import (PROMPTS, Agent, Completion, EncodedPrompts, Reranker, encode_prompt, encode_prompts, load_agent, sample,
-                     shared_attention)
+from rearank import (PROMPTS, Agent, Completion, EncodedPrompts, Reranker, encode_prompt, encode_prompts, forward, load_agent, sample,
+                     token_mask)
 from reward import Score, ndcg, parse_ranking, score_response
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,11 +76,6 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """
     d = ref_logps.float() - logps.float()
     return torch.expm1(d) - d
-
-
-def token_mask(lengths: Tensor, width: int) -> Tensor:
-    """[B] -> [B, width], True at the first `lengths` places: from lengths, never from ids, since pad may equal the end token."""
-    return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
 def grpo_loss(logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, lengths: Tensor, beta: float) -> Tensor:
@@ -114,7 +109,7 @@ class AnswerMemory:
             self.lengths = prompts.lengths.tolist()
         else:
             own = torch.ones(width, width, dtype=torch.bool, device=owner.device).tril().expand(len(owner), -1, -1)
-            shared = prompts.mask()[owner][:, None].expand(-1, width, -1)
+            shared = token_mask(prompts.lengths, prompts.keys[0].shape[2])[owner][:, None].expand(-1, width, -1)
             self.mask = torch.cat([shared, own], -1)[:, None]  # [B, 1, T, P + T]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -204,7 +199,7 @@ def project_logps(hidden: Tensor, head: torch.nn.Module, targets: Tensor, temper
 
 
 def answer_logps(model, prompts: EncodedPrompts, owner: Tensor, answers: Sequence[Sequence[int]], temperature: float = 1.0,
-                 chunk_elements: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                 checkpointing: bool = False, chunk_elements: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of B answers given their prompts, one forward pass over the answers alone.
 
     `owner` [B] says which of the S encoded prompts each answer belongs to. Returns logps [B, T], entropy [B, T] (zero at
@@ -219,8 +214,7 @@ def answer_logps(model, prompts: EncodedPrompts, owner: Tensor, answers: Sequenc
     if T > 1:
         positions = prompts.lengths[owner][:, None] + torch.arange(T - 1, device=device)
         memory = AnswerMemory(prompts, owner, T - 1)
-        rest = model.base_model(input_ids=ids[:, :-1], position_ids=positions, use_cache=False, memory=memory)
-        hidden = torch.cat([hidden, rest.last_hidden_state], 1)  # [B, T, hidden]
+        hidden = torch.cat([hidden, forward(model, ids[:, :-1], positions, memory.attend, None, checkpointing)], 1)  # [B, T, hidden]
     mask = token_mask(lengths, T)
     flat, targets = hidden[mask], ids[mask]  # [N, hidden], [N]
     size = max(1, (chunk_elements or (2**27 if device.type == "cuda" else 2**23)) // model.lm_head.weight.shape[0])
@@ -257,7 +251,7 @@ def chunks_of_groups(prompts: Sequence[Sequence[int]], prompt_tokens: int) -> It
 
 def through_groups(model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
                    visit: Callable[[Microbatch], Tensor | None], learn: bool, answer_tokens: int = 8192, prompt_tokens: int = 8192,
-                   temperature: float = 1.0) -> None:
+                   temperature: float = 1.0, checkpointing: bool = False) -> None:
     """Show `visit` the log-probabilities of all answers, a micro-batch at a time; with `learn`, add the gradient of the sum of the
     losses it returns to the model's parameters.
 
@@ -267,9 +261,9 @@ def through_groups(model, prompts: Sequence[Sequence[int]], answers: Sequence[Se
     the micro-batch size changes the memory and not the result (in float32; in bfloat16 the leaves' sums are rounded).
     """
     device, G = model.get_input_embeddings().weight.device, len(answers) // max(1, len(prompts))
-    with shared_attention(model), torch.set_grad_enabled(learn):
+    with torch.set_grad_enabled(learn):
         for groups in chunks_of_groups(prompts, prompt_tokens):
-            encoded = encode_prompts(model, [prompts[g] for g in groups])
+            encoded = encode_prompts(model, [prompts[g] for g in groups], checkpointing)
             outputs = [*encoded.keys, *encoded.values, encoded.last_hidden]
             leaves = [x.detach().requires_grad_(learn) for x in outputs]
             layers = len(encoded.keys)
@@ -280,7 +274,7 @@ def through_groups(model, prompts: Sequence[Sequence[int]], answers: Sequence[Se
                 count = max(1, answer_tokens // len(answers[rows[0]]))
                 now, rows = sorted(rows[:count]), rows[count:]
                 owner = torch.tensor([r // G - groups.start for r in now], device=device)
-                logps, entropy, lengths = answer_logps(model, cut, owner, [answers[r] for r in now], temperature)
+                logps, entropy, lengths = answer_logps(model, cut, owner, [answers[r] for r in now], temperature, checkpointing)
                 loss = visit(Microbatch(torch.tensor(now, device=device), logps, entropy, lengths))
                 if learn:
                     loss.backward()
@@ -467,7 +461,8 @@ def update_policy(agent: Agent, reference, optimizer: MasterAdamW, rollouts: Rol
     B, G = rewards.shape
     advantages = group_advantages(rewards)  # [B, G]
     answers = [c.ids for c in rollouts.completions]
-    road = dict(answer_tokens=settings.answer_tokens, prompt_tokens=settings.prompt_tokens, temperature=settings.temperature)
+    road = dict(answer_tokens=settings.answer_tokens, prompt_tokens=settings.prompt_tokens, temperature=settings.temperature,
+                checkpointing=settings.checkpointing)
     ref_logps = torch.zeros(B * G, max(map(len, answers)), device=rewards.device)
     if reference is not None:
         def remember(batch: Microbatch) -> None:
@@ -564,7 +559,7 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
                 loss += float(part.detach())
                 return part
 
-            through_groups(agent.model, prompts, answers, loss_of, True, settings.answer_tokens, settings.prompt_tokens)
+            through_groups(agent.model, prompts, answers, loss_of, True, settings.answer_tokens, settings.prompt_tokens, checkpointing=settings.checkpointing)
             optimizer.step(learning_rate(step, steps, lr, max(1, steps // 20), decay=True), settings.grad_clip)
             if not math.isfinite(loss):
                 raise SystemExit(f"{title}, step {step}: the loss is {loss}; lower --sft-lr")
@@ -757,12 +752,6 @@ def train_model(settings: Settings) -> int:
         raise InputError("--resume goes on with GRPO only: to start it from a supervised checkpoint, pass that as --model, without --sft-steps")
     check_training_memory(agent.model, settings)
     folder = RunFolder(settings)
-    if settings.checkpointing:
-        for module in agent.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # train() is for checkpointing only
-        agent.model.gradient_checkpointing_enable({"use_reentrant": False})
-        agent.model.train()
     if settings.sft_steps:
         try:
             supervised(agent, best_order_batches(agent, instances, settings), settings.sft_steps, settings.sft_lr, settings)

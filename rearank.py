@@ -17,8 +17,8 @@ V vocabulary, H query heads, K key-value heads, D size of a head.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from data import Candidates, InputError, command_line, read_candidates, run_main, setting, write_run
@@ -131,46 +131,71 @@ def encode_prompt(tokenizer, query: str, passages: list[str], prompt: str = "rea
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention over a shared prompt. All answers of a group read the same prompt, so its keys and values exist once: every
-# call below is the model's own forward pass, with its attention replaced by one that knows where the prompt's keys are.
+# The forward pass, over the modules that transformers has loaded. It is written out because attention is the caller's: all
+# answers of a group read one copy of their prompt's keys and values, wherever the caller keeps it.
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, query [B, H, T, D], key, value [B, K, T, D], scaling -> [B, H, T, D]
 
 
-@contextlib.contextmanager
-def shared_attention(model) -> Iterator[None]:
-    """Within this block the model's attention is `memory.attend`, for the `memory` passed to each forward call.
+def forward(model, ids: Tensor, positions: Tensor, attend: Attend, only: Tensor | None = None, checkpointing: bool = False) -> Tensor:
+    """Final hidden states [B, T, hidden] of tokens ids [B, T] at `positions` [B, T] or [1, T]: Qwen2, Qwen3, Llama, Mistral.
 
-    Backward passes of checkpointed layers run the forward again, so they belong inside the block too.
+    With `only` [B], just those of one place in each row, [B, 1, hidden]: then the last layer computes nothing else but keys and values.
+    `checkpointing`: keep each layer's input for the backward pass and compute the rest again there.
     """
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "shared_prompt"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
+    core = model.base_model
+    x = core.embed_tokens(ids)
+    cos, sin = core.rotary_emb(x, positions)
+    half = sin.shape[-1] // 2
+    rotary = cos[:, None], torch.cat([-sin[..., :half], sin[..., half:]], -1)[:, None]  # [B, 1, T, D]
+    for i, layer in enumerate(core.layers):
+        block = functools.partial(transformer_block, layer, rotary=rotary, attend=attend, only=only if i == len(core.layers) - 1 else None)
+        x = checkpoint(block, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(x)
+    return rms_norm(core.norm, x)
 
 
-def _shared_prompt_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float,
-                             memory=None, **_) -> tuple[Tensor, None]:
-    if memory is None:
-        raise RuntimeError("this model drops forward arguments on their way to attention: it cannot share a prompt")
-    out = memory.attend(module.layer_idx, query, key, value, scaling)  # [R, H, T, D]
-    return out.transpose(1, 2).contiguous(), None
+def transformer_block(layer, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, only: Tensor | None) -> Tensor:
+    """One layer: attention and MLP, each added to x [B, T, hidden]."""
+    own = layer.self_attn
+    split = lambda y: y.unflatten(-1, (-1, own.head_dim)).transpose(1, 2)  # noqa: E731  [B, T, H * D] -> [B, H, T, D]
+    normed = rms_norm(layer.input_layernorm, x)
+    query, key, value = split(own.q_proj(normed)), split(own.k_proj(normed)), split(own.v_proj(normed))
+    if hasattr(own, "q_norm"):  # Qwen3
+        query, key = rms_norm(own.q_norm, query), rms_norm(own.k_norm, key)
+    query, key = rotate(query, *rotary), rotate(key, *rotary)
+    if only is not None:
+        rows = torch.arange(len(x), device=x.device)
+        x, query = x[rows, only][:, None], query[rows, :, only][:, :, None]
+    x = x + own.o_proj(attend(own.layer_idx, query, key, value, own.scaling).transpose(1, 2).flatten(2))
+    return x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))
 
 
-# No mask function is registered beside it, so transformers builds no mask: the memories below make their own.
-ALL_ATTENTION_FUNCTIONS.register("shared_prompt", _shared_prompt_attention)
+def rms_norm(module, x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps), times the module's weight, over the last dimension."""
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: each pair (x[d], x[d + D/2]) turned by its position's angle. `sin` comes with its first half negated."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class PromptMemory:
     """Causal attention of S prompts over themselves; keeps each layer's keys and values [S, K, P, D]."""
 
-    def __init__(self):
-        self.keys, self.values = {}, {}
+    def __init__(self, lengths: Tensor):
+        self.keys, self.values, self.lengths = {}, {}, lengths
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.keys[layer], self.values[layer] = key, value
-        gqa = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
+        last = query.shape[2] < key.shape[2]  # one query a prompt, that of its last token: it sees the whole prompt and no padding
+        mask = token_mask(self.lengths, key.shape[2])[:, None, None] if last else None
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=not last, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def token_mask(lengths: Tensor, width: int) -> Tensor:
+    """[B] -> [B, width], True at the first `lengths` places: from lengths, never from ids, since pad may equal the end token."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
 @dataclasses.dataclass
@@ -185,23 +210,17 @@ class EncodedPrompts:
     lengths: Tensor
     last_hidden: Tensor
 
-    def mask(self) -> Tensor:
-        """[S, P], True at real tokens."""
-        return torch.arange(self.keys[0].shape[2], device=self.lengths.device) < self.lengths[:, None]
 
-
-def encode_prompts(model, prompts: Sequence[Sequence[int]]) -> EncodedPrompts:
+def encode_prompts(model, prompts: Sequence[Sequence[int]], checkpointing: bool = False) -> EncodedPrompts:
     """One forward pass over S prompts. Right padding is harmless: attention is causal, so no real token sees it."""
     device = model.get_input_embeddings().weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     width = max(map(len, prompts))
     ids = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts], device=device)  # [S, P]
-    memory = PromptMemory()
-    positions = torch.arange(width, device=device)[None]
-    hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, memory=memory).last_hidden_state
+    memory = PromptMemory(lengths)
+    hidden = forward(model, ids, torch.arange(width, device=device)[None], memory.attend, lengths - 1, checkpointing)
     layers = sorted(memory.keys)
-    return EncodedPrompts([memory.keys[i] for i in layers], [memory.values[i] for i in layers], lengths,
-                          hidden[torch.arange(len(prompts), device=device), lengths - 1])
+    return EncodedPrompts([memory.keys[i] for i in layers], [memory.values[i] for i in layers], lengths, hidden[:, 0])
 
 
 def attend_part(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -384,9 +403,8 @@ class Decoder:
         # Where all are of one length no mask is needed. A captured step must do for all lengths.
         self.own_bias = None if not self.graphs and min(self.ages) + 1 == self.width else self.bias(lengths + 1, self.width)
         self.prompt_bias = None if not self.graphs and min(self.prompts) == self.prompt_width else self.bias(self.prompt_lengths[:self.S], self.prompt_width)
-        hidden = self.model.base_model(input_ids=self.tokens[:R, None], position_ids=(self.starts[:R] + lengths)[:, None], use_cache=False,
-                                       memory=self).last_hidden_state
-        return self.model.lm_head(hidden[:, -1])
+        hidden = forward(self.model, self.tokens[:R, None], (self.starts[:R] + lengths)[:, None], self.attend)
+        return self.model.lm_head(hidden[:, 0])
 
     def bias(self, lengths: Tensor, width: int) -> Tensor:
         """[n] -> [n, 1, 1, width]: 0 at the first `lengths` places, -inf behind them."""
@@ -459,25 +477,24 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int = 1, max_new_toke
     decoder = Decoder(model, most, longest, temperature, graphs=graphs and device.type == "cuda")
     at_once = max(1, (2048 if device.type == "cpu" else 16384) // max(longest, 1))  # prompts encoded in one forward pass
     admitted, rows = 0, []  # rows[r] is the answer that the decoder's row r writes
-    with shared_attention(model):
-        while admitted < len(prompts) or rows:
-            if admitted < len(prompts) and len(rows) + group <= most:
-                count = min((most - len(rows)) // group, at_once, len(prompts) - admitted)
-                writing = range(admitted * group, (admitted + count) * group)
-                tokens = decoder.admit(prompts[admitted:admitted + count], group, uniforms[writing.start:writing.stop])
-                rows, admitted = rows + list(writing), admitted + count
-            else:
-                writing, tokens = rows, decoder.step()
-            for answer, token in zip(writing, tokens.tolist()):
-                written[answer].append(token)
-                finished[answer] = token in stop
-            ended = [r for r, answer in enumerate(rows) if finished[answer] or len(written[answer]) >= max_new_tokens]
-            if ended:
-                for place, mover in zip(*decoder.retire(ended)):
-                    rows[place] = rows[mover]
-                del rows[len(rows) - len(ended):]
-                if progress:
-                    progress(len(ended))
+    while admitted < len(prompts) or rows:
+        if admitted < len(prompts) and len(rows) + group <= most:
+            count = min((most - len(rows)) // group, at_once, len(prompts) - admitted)
+            writing = range(admitted * group, (admitted + count) * group)
+            tokens = decoder.admit(prompts[admitted:admitted + count], group, uniforms[writing.start:writing.stop])
+            rows, admitted = rows + list(writing), admitted + count
+        else:
+            writing, tokens = rows, decoder.step()
+        for answer, token in zip(writing, tokens.tolist()):
+            written[answer].append(token)
+            finished[answer] = token in stop
+        ended = [r for r, answer in enumerate(rows) if finished[answer] or len(written[answer]) >= max_new_tokens]
+        if ended:
+            for place, mover in zip(*decoder.retire(ended)):
+                rows[place] = rows[mover]
+            del rows[len(rows) - len(ended):]
+            if progress:
+                progress(len(ended))
     return [[Completion(written[p * group + g], finished[p * group + g]) for g in range(group)] for p in range(len(prompts))]
 
 
@@ -566,12 +583,11 @@ def check_shared_prompt(name: str, model) -> None:
     ids = torch.arange(1, 9, device=model.device)[None]
     try:
         own = model(input_ids=ids).logits[0, -2:].float()
-        with shared_attention(model):
-            encoded, decoder = encode_prompts(model, ids[:, :-1].tolist()), Decoder(model, 1, 7)
-            decoder.admit(ids[:, :-1].tolist(), 1, torch.zeros(1, 1))
-            decoder.tokens[0] = ids[0, -1]
-            decoder.widen()
-            ours = torch.cat([model.lm_head(encoded.last_hidden), decoder.next_logits()]).float()
+        encoded, decoder = encode_prompts(model, ids[:, :-1].tolist()), Decoder(model, 1, 7)
+        decoder.admit(ids[:, :-1].tolist(), 1, torch.zeros(1, 1))
+        decoder.tokens[0] = ids[0, -1]
+        decoder.widen()
+        ours = torch.cat([model.lm_head(encoded.last_hidden), decoder.next_logits()]).float()
         same = (ours - own).abs().max() <= (1e-3 if model.dtype == torch.float32 else 0.1) * own.abs().max().clamp(min=1)
     except (AttributeError, TypeError, RuntimeError) as error:
         raise InputError(f"--model {name}: {model.config.model_type} cannot share a prompt's keys and values ({str(error).splitlines()[0]}); "

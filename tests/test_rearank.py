@@ -10,7 +10,7 @@ from conftest import random_prompts, tiny_model
 import rearank
 from data import Candidates, InputError, read_run, toy_task, write_candidates
 from rearank import (Agent, Decoder, Reranker, Settings, build_messages, encode_prompt, encode_prompts, load_agent,
-                     pick_tokens, rerank_file, sample, shared_attention, sliding_window, windows_of)
+                     pick_tokens, rerank_file, sample, sliding_window, windows_of)
 
 # --- prompts
 
@@ -95,7 +95,7 @@ def test_dropping_finished_rows_and_taking_in_new_prompts_changes_no_token(model
 
 def test_cached_decoding_equals_a_full_forward(model):
     prompts, answer = random_prompts(17, 30), random_prompts(12, seed=9)[0]
-    with torch.no_grad(), shared_attention(model):
+    with torch.no_grad():
         decoder, steps = Decoder(model, 4, 30), []
         decoder.admit(prompts, 2, torch.zeros(4, 1))
         for token in answer:
@@ -118,7 +118,7 @@ def test_a_prompt_encoded_once_and_shared_equals_the_prompt_repeated(model):
 
 def test_right_padding_changes_nothing_for_the_shorter_prompt(model):
     short, long = random_prompts(8, 50)
-    with torch.no_grad(), shared_attention(model):
+    with torch.no_grad():
         alone, padded = encode_prompts(model, [short]), encode_prompts(model, [long, short])
     torch.testing.assert_close(padded.last_hidden[1], alone.last_hidden[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(padded.keys[1][1, :, :8], alone.keys[1][0], atol=1e-5, rtol=0)
@@ -129,19 +129,6 @@ def test_sampling_follows_the_distribution():
     drawn = torch.bincount(pick_tokens(logits, 1.0, torch.rand(20000, generator=torch.Generator().manual_seed(0))), minlength=4) / 20000
     torch.testing.assert_close(drawn, logits[0].softmax(0), atol=0.01, rtol=0)
     assert pick_tokens(logits[:1], 1.0, torch.tensor([0.9999999])).item() < 3  # no impossible token, even at the very edge
-
-
-def test_sampling_works_while_the_model_trains_with_gradient_checkpointing(model):
-    prompts = random_prompts(13, 9)
-    expected = sample(model, prompts, 2, 10, 1.0, [3])
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    assert sample(model, prompts, 2, 10, 1.0, [3]) == expected
-
-
-def test_other_uses_of_the_model_keep_their_own_attention(model):
-    sample(model, random_prompts(9), 1, 3, 0.0, [3])
-    assert model.config._attn_implementation == "sdpa"
 
 
 def test_every_end_of_turn_token_ends_an_answer(toy):
