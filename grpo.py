@@ -323,6 +323,7 @@ class Settings:
     answer_tokens: int = setting(8192, "Padded rollout tokens in a micro-batch: changes memory, not the result.", least=1)
     prompt_tokens: int = setting(8192, "Prompt tokens encoded together in the update.", least=1)
     checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, a third slower.")
+    cuda_graphs: bool = setting(True, "On CUDA, decode by captured graphs instead of launching each kernel from Python.")
     offload: bool = setting(False, "Keep AdamW's moments and float32 master weights in host memory.")
     samples_every: int = setting(10, "Write two whole rollouts every so many steps.", least=1)
     save_every: int = setting(10, "Write the checkpoint every so many steps.", least=1)
@@ -446,7 +447,7 @@ def sample_rollouts(agent: Agent, instances: list[Instance], settings: Settings,
     prompts = [encode_prompt(agent.tokenizer, x.query, x.texts, settings.prompt, settings.max_prompt_tokens) for x in instances]
     with tqdm(total=len(prompts) * settings.group, desc=f"step {step} sampling", unit="answer", leave=False) as bar:
         groups = sample(agent.model, prompts, settings.group, settings.max_new_tokens, settings.temperature, agent.stop_ids,
-                        seed=settings.seed * 1_000_003 + step, max_rows=settings.max_rows, progress=bar.update)
+                        seed=settings.seed * 1_000_003 + step, max_rows=settings.max_rows, progress=bar.update, cuda_graphs=settings.cuda_graphs)
     completions = [c for group in groups for c in group]
     texts = [agent.decode(c) for c in completions]
     scheme = "normalized" if settings.reward == "random" else settings.reward

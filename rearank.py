@@ -270,8 +270,9 @@ class Decoder:
     would otherwise wait for Python. Rounding adds rows and places that nobody reads; it changes no token.
     """
 
-    def __init__(self, model, max_rows: int, prompt_width: int, temperature: float = 1.0, graphs: bool = False):
-        self.model, self.temperature, self.graphs, self.prompt_width = model, temperature, graphs, prompt_width
+    def __init__(self, model, max_rows: int, prompt_width: int, max_new_tokens: int, temperature: float = 1.0, graphs: bool = False):
+        self.model, self.temperature, self.graphs = model, temperature, graphs
+        self.prompt_width, self.answer_width = prompt_width, round_up(max_new_tokens, 256 if graphs else 1)
         self.device = model.get_input_embeddings().weight.device
         self.owner: list[int] = []  # [R], each row's prompt
         self.ages: list[int] = []  # [R], what `lengths` holds, known without asking the device
@@ -281,7 +282,7 @@ class Decoder:
         numbers = lambda n: torch.zeros(n, dtype=torch.long, device=self.device)  # noqa: E731
         room = round_up(max_rows, 16)
         self.tokens, self.lengths, self.starts = numbers(room), numbers(room), numbers(room)  # newest token; answer before it; prompt
-        self.uniforms = torch.zeros(room, 1, device=self.device)  # each row's random numbers, one a token
+        self.uniforms = torch.zeros(room, max_new_tokens if temperature else 1, device=self.device)  # random numbers, one a token
         self.prompt_lengths, self.slot_of, self.row_at = numbers(0), numbers(room), numbers(0)
         self.replays: dict[tuple, Callable[[], None] | None] = {}
         self.pool = torch.cuda.graph_pool_handle() if graphs and self.device.type == "cuda" else None
@@ -296,7 +297,7 @@ class Decoder:
         self.prompts += map(len, prompts)
         self.owner += (S + owner).tolist()
         self.ages += [0] * len(owner)
-        self.make_room(encoded.keys[0], len(encoded.keys), uniforms.shape[1])
+        self.make_room(encoded.keys[0], len(encoded.keys))
         for shared, keys, values in zip(self.shared, encoded.keys, encoded.values):
             shared[0, S:len(self.prompts), :, :width], shared[1, S:len(self.prompts), :, :width] = keys, values
         self.prompt_lengths[S:len(self.prompts)] = encoded.lengths
@@ -332,12 +333,11 @@ class Decoder:
         self.arrange()
         return places, movers
 
-    def make_room(self, like: Tensor, layers: int, answer_width: int) -> None:
-        """Buffers, large enough for the prompts and rows there are. New ones have new addresses, so what was captured is void."""
+    def make_room(self, like: Tensor, layers: int) -> None:
+        """Buffers large enough for the prompts there are. New ones have new addresses, so what was captured is void."""
         K, D, room = like.shape[1], like.shape[3], power_of_two(len(self.prompts))
         if not self.own:
-            self.uniforms = self.uniforms.expand(-1, answer_width).clone()
-            self.own = [like.new_zeros(2, len(self.tokens), K, 64, D) for _ in range(layers)]
+            self.own = [like.new_zeros(2, len(self.tokens), K, min(64, self.answer_width), D) for _ in range(layers)]
             self.shared = [like.new_zeros(2, 0, K, self.prompt_width, D) for _ in range(layers)]
         if room > len(self.prompt_lengths):
             more = room - len(self.prompt_lengths)
@@ -386,7 +386,7 @@ class Decoder:
         room = self.own[0].shape[3]
         if self.width > room:
             for layer, own in enumerate(self.own):  # one at a time: all of them twice would be a great deal of memory
-                self.own[layer] = F.pad(own, (0, 0, 0, power_of_two(self.width) - room))
+                self.own[layer] = F.pad(own, (0, 0, 0, min(power_of_two(self.width), self.answer_width) - room))
             self.replays.clear()
 
     def advance(self) -> None:
@@ -461,20 +461,20 @@ def pick_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
 @torch.inference_mode()
 def sample(model, prompts: Sequence[Sequence[int]], group: int = 1, max_new_tokens: int = 2048, temperature: float = 1.0,
            stop_ids: Sequence[int] = (), seed: int = 0, max_rows: int = 128, progress: Callable[[int], None] | None = None,
-           graphs: bool = True) -> list[list[Completion]]:
+           cuda_graphs: bool = True) -> list[list[Completion]]:
     """Draw `group` answers to each prompt. Returns one list of completions per prompt, in the prompts' order.
 
     Each prompt is encoded once for its whole group. Rows that have ended leave the batch and the rows of the next
     prompts take their places, so that about `max_rows` answers are written at any time. The same seed gives the same
     tokens whatever `max_rows` is (up to rounding). `progress` is called with the number of answers just ended.
-    `graphs`: decode by CUDA graphs, on CUDA.
+    `cuda_graphs`: on CUDA, capture the decoding step and replay it.
     """
     device, total = model.get_input_embeddings().weight.device, len(prompts) * group
     uniforms = torch.rand(total, max_new_tokens if temperature else 1, generator=torch.Generator().manual_seed(seed))
     written: list[list[int]] = [[] for _ in range(total)]  # answer a belongs to prompt a // group
     finished = [False] * total
     stop, longest, most = set(stop_ids), max(map(len, prompts), default=0), max(group, min(max_rows, total))
-    decoder = Decoder(model, most, longest, temperature, graphs=graphs and device.type == "cuda")
+    decoder = Decoder(model, most, longest, max_new_tokens, temperature, graphs=cuda_graphs and device.type == "cuda")
     at_once = max(1, (2048 if device.type == "cpu" else 16384) // max(longest, 1))  # prompts encoded in one forward pass
     admitted, rows = 0, []  # rows[r] is the answer that the decoder's row r writes
     while admitted < len(prompts) or rows:
@@ -583,8 +583,8 @@ def check_shared_prompt(name: str, model) -> None:
     ids = torch.arange(1, 9, device=model.device)[None]
     try:
         own = model(input_ids=ids).logits[0, -2:].float()
-        encoded, decoder = encode_prompts(model, ids[:, :-1].tolist()), Decoder(model, 1, 7)
-        decoder.admit(ids[:, :-1].tolist(), 1, torch.zeros(1, 1))
+        encoded, decoder = encode_prompts(model, ids[:, :-1].tolist()), Decoder(model, 1, 7, 2)
+        decoder.admit(ids[:, :-1].tolist(), 1, torch.zeros(1, 2))
         decoder.tokens[0] = ids[0, -1]
         decoder.widen()
         ours = torch.cat([model.lm_head(encoded.last_hidden), decoder.next_logits()]).float()
@@ -710,7 +710,7 @@ class Reranker:
 
     def __init__(self, model: str | Agent, prompt: str = "rearank", window: int = 20, step: int = 10, think: bool = True,
                  temperature: float = 0.0, max_new_tokens: int = 2048, max_prompt_tokens: int = 4096, max_rows: int = 32,
-                 seed: int = 0, device: str = "auto", dtype: str = "auto"):
+                 seed: int = 0, device: str = "auto", dtype: str = "auto", cuda_graphs: bool = True):
         if prompt not in PROMPTS:
             raise ValueError(f"unknown prompt {prompt!r}: expected one of {', '.join(PROMPTS)}")
         if not 0 < step <= window:
@@ -718,7 +718,7 @@ class Reranker:
         self.agent = load_agent(model, device, dtype) if isinstance(model, str) else model
         self.prompt, self.window, self.step, self.temperature, self.seed = prompt, window, step, temperature, seed
         self.max_new_tokens, self.max_prompt_tokens, self.max_rows = max_new_tokens, max_prompt_tokens, max_rows
-        self.answer_start, self.calls = "" if think else "<think> </think>", 0
+        self.answer_start, self.calls, self.cuda_graphs = "" if think else "<think> </think>", 0, cuda_graphs
 
     def rank(self, query: str, documents: list[str], top_k: int | None = None) -> Reranking:
         """The documents in the model's order, the best `top_k` of them (default: all)."""
@@ -757,7 +757,7 @@ class Reranker:
                                  self.max_prompt_tokens, self.answer_start) for query, documents, positions in asked]
         self.calls += 1  # so that no two calls draw the same random numbers
         completions = sample(self.agent.model, prompts, 1, self.max_new_tokens, self.temperature, self.agent.stop_ids,
-                             self.seed * 1_000_003 + self.calls, self.max_rows, progress)
+                             self.seed * 1_000_003 + self.calls, self.max_rows, progress, self.cuda_graphs)
         windows = []
         for (_, _, positions), prompt, (completion,) in zip(asked, prompts, completions):
             response = self.answer_start + self.agent.decode(completion)
@@ -793,6 +793,7 @@ class Settings:
     device: str = setting("auto", "cuda, mps, cpu or auto.")
     dtype: str = setting("auto", "Precision of the weights; auto: float32 on a CPU, bfloat16 elsewhere.",
                          choices=("auto", "float32", "bfloat16"))
+    cuda_graphs: bool = setting(True, "On CUDA, decode by captured graphs instead of launching each kernel from Python.")
 
 
 def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
@@ -804,7 +805,7 @@ def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
     lists = read_candidates(settings.input)[:settings.limit or None]
     reranker = Reranker(agent or settings.model, settings.prompt, settings.window, settings.step, settings.think, settings.temperature,
                         settings.max_new_tokens, settings.max_prompt_tokens, settings.max_rows, settings.seed, settings.device,
-                        settings.dtype)
+                        settings.dtype, settings.cuda_graphs)
     run: dict[str, list[str]] = {}
     counts: Counter = Counter()
     started, trace = time.time(), Path(settings.output + ".jsonl")

@@ -7,6 +7,9 @@ import pytest
 import torch
 from conftest import random_prompts, tiny_model
 
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 import rearank
 from data import Candidates, InputError, read_run, toy_task, write_candidates
 from rearank import (Agent, Decoder, Reranker, Settings, build_messages, encode_prompt, encode_prompts, load_agent,
@@ -93,11 +96,59 @@ def test_dropping_finished_rows_and_taking_in_new_prompts_changes_no_token(model
     assert sample(model, prompts, 4, 30, 1.0, [3, 5, 7, 11], seed=1, max_rows=max_rows) == together
 
 
+class Recording(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: the operations that ran and the tensors they ran on; `replay` runs them again on the same addresses.
+
+    Numbers that Python computed are frozen, and what Python would allocate anew is written to the old place.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        storage = lambda x: x.untyped_storage().data_ptr()  # noqa: E731
+        before = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        fresh = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and storage(x) not in before]
+        if fresh or func._schema.is_mutable:  # else it is a view, which needs no second run
+            self.operations.append((func, args, kwargs or {}, fresh))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, fresh in self.operations:
+            again = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+            for old, new in zip(fresh, again):
+                old.copy_(new)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_step_recorded_once_and_replayed_draws_the_same_tokens(model, monkeypatch, temperature):
+    """All that CUDA graphs ask of the decoder: no step depends on a new address or on a number of Python's."""
+    prompts, stop = random_prompts(13, 40, 27, 9, 22), [3]
+    expected = sample(model, prompts, 4, 300, temperature, stop, seed=1, max_rows=12)
+    assert max(len(c.ids) for row in expected for c in row) == 300 > 256  # the answers' buffers have grown, and some rows left early
+    replays, eager = [], []
+
+    def captured(advance, pool):
+        with Recording() as recording:
+            advance()
+        # Recording has run the step, as capturing does not: its first replay is left out.
+        return lambda: recording.replay() if recording in replays else replays.append(recording)
+
+    advance = Decoder.advance
+    monkeypatch.setattr(Decoder, "advance", lambda self: eager.append(0) or advance(self))
+    monkeypatch.setattr(rearank, "captured", captured)
+    monkeypatch.setattr(rearank, "Decoder", lambda *a, graphs, **k: Decoder(*a, graphs=True, **k))
+    assert sample(model, prompts, 4, 300, temperature, stop, seed=1, max_rows=12) == expected
+    assert len(eager) < 60 and len(replays) > 3  # nearly all steps were replays, of a few shapes
+
+
 def test_cached_decoding_equals_a_full_forward(model):
     prompts, answer = random_prompts(17, 30), random_prompts(12, seed=9)[0]
     with torch.no_grad():
-        decoder, steps = Decoder(model, 4, 30), []
-        decoder.admit(prompts, 2, torch.zeros(4, 1))
+        decoder, steps = Decoder(model, 4, 30, 100), []
+        decoder.admit(prompts, 2, torch.zeros(4, 100))
         for token in answer:
             decoder.tokens[:4] = token
             decoder.widen()
