@@ -334,16 +334,20 @@ class Decoder:
         return places, movers
 
     def make_room(self, like: Tensor, layers: int) -> None:
-        """Buffers large enough for the prompts there are. New ones have new addresses, so what was captured is void."""
+        """Buffers large enough for the prompts there are."""
         K, D, room = like.shape[1], like.shape[3], power_of_two(len(self.prompts))
         if not self.own:
             self.own = [like.new_zeros(2, len(self.tokens), K, min(64, self.answer_width), D) for _ in range(layers)]
             self.shared = [like.new_zeros(2, 0, K, self.prompt_width, D) for _ in range(layers)]
         if room > len(self.prompt_lengths):
-            more = room - len(self.prompt_lengths)
-            self.shared = [F.pad(x, (0, 0, 0, 0, 0, 0, 0, more)) if x.shape[1] else x.new_zeros(2, room, *x.shape[2:]) for x in self.shared]
-            self.prompt_lengths = F.pad(self.prompt_lengths, (0, more), value=1)
-            self.replays.clear()
+            for layer in range(layers):  # one at a time: all of them twice would be a great deal of memory
+                self.shared[layer] = self.grown(self.shared[layer], 1, room)
+            self.prompt_lengths = self.grown(self.prompt_lengths, 0, room)
+
+    def grown(self, x: Tensor, dim: int, size: int) -> Tensor:
+        """x with room for `size` in `dim`, filled with ones (a prompt of length 0 would make NaN). Its address is new: what was captured is void."""
+        self.replays.clear()
+        return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, size - x.shape[dim]], value=1)
 
     def arrange(self) -> None:
         """Where each row stands when the rows meet their prompts as [S, G], and the rounded sizes of the coming steps."""
@@ -359,8 +363,7 @@ class Decoder:
             row_at[slot], slot_of[row] = row, slot
         self.in_order = row_at == list(range(self.R))  # then there is nothing to move
         if len(row_at) > len(self.row_at):
-            self.row_at = torch.zeros(power_of_two(len(row_at)), dtype=torch.long, device=self.device)
-            self.replays.clear()
+            self.row_at = self.grown(self.row_at, 0, power_of_two(len(row_at)))
         self.row_at[:len(row_at)] = torch.tensor(row_at, dtype=torch.long)
         self.slot_of[:self.R] = torch.tensor(slot_of, dtype=torch.long)
         self.lengths[R:] = 0  # rows nobody reads: never longer than the others
@@ -383,11 +386,9 @@ class Decoder:
     def widen(self) -> None:
         """Set how many places of the answers the coming step reads; it writes the last of them in the longest row."""
         self.width = round_up(max(self.ages) + 1, 256 if self.graphs else 1)
-        room = self.own[0].shape[3]
-        if self.width > room:
-            for layer, own in enumerate(self.own):  # one at a time: all of them twice would be a great deal of memory
-                self.own[layer] = F.pad(own, (0, 0, 0, min(power_of_two(self.width), self.answer_width) - room))
-            self.replays.clear()
+        if self.width > self.own[0].shape[3]:
+            for layer, own in enumerate(self.own):
+                self.own[layer] = self.grown(own, 3, min(power_of_two(self.width), self.answer_width))
 
     def advance(self) -> None:
         """The step itself. It reads and writes buffers only: nothing here waits for the device or depends on a value in it."""

@@ -125,7 +125,7 @@ class Recording(TorchDispatchMode):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_step_recorded_once_and_replayed_draws_the_same_tokens(model, monkeypatch, temperature):
     """All that CUDA graphs ask of the decoder: no step depends on a new address or on a number of Python's."""
-    prompts, stop = random_prompts(13, 40, 27, 9, 22), [3]
+    prompts, stop = random_prompts(13, 40, 27, 9, 22, 40, 13, 35, 5), [3]
     expected = sample(model, prompts, 4, 300, temperature, stop, seed=1, max_rows=12)
     assert max(len(c.ids) for row in expected for c in row) == 300 > 256  # the answers' buffers have grown, and some rows left early
     replays, eager = [], []
@@ -141,7 +141,7 @@ def test_a_step_recorded_once_and_replayed_draws_the_same_tokens(model, monkeypa
     monkeypatch.setattr(rearank, "captured", captured)
     monkeypatch.setattr(rearank, "Decoder", lambda *a, graphs, **k: Decoder(*a, graphs=True, **k))
     assert sample(model, prompts, 4, 300, temperature, stop, seed=1, max_rows=12) == expected
-    assert len(eager) < 60 and len(replays) > 3  # nearly all steps were replays, of a few shapes
+    assert len(replays) > 3 and len(eager) < 200  # nearly all steps were replays, of a few shapes
 
 
 def test_cached_decoding_equals_a_full_forward(model):
