@@ -103,10 +103,11 @@ class AnswerMemory:
     """Attention of B answers [B, T] over the prompt each belongs to (`owner` [B], ascending) and over themselves, causally."""
 
     def __init__(self, prompts: EncodedPrompts, owner: Tensor, width: int):
-        self.prompts, self.owner = prompts, owner
-        if owner.device.type == "cpu":
-            self.counts = torch.bincount(owner, minlength=len(prompts.lengths)).tolist()  # answers of each prompt
-            self.lengths = prompts.lengths.tolist()
+        self.prompts, self.owner, self.in_parts = prompts, owner, attends_in_parts(owner.device)
+        if self.in_parts:
+            ends = torch.searchsorted(owner, torch.arange(len(prompts.lengths) + 1)).tolist()
+            self.parts = [(prompt, slice(start, end), length) for prompt, (start, end, length)
+                          in enumerate(zip(ends, ends[1:], prompts.lengths.tolist())) if start < end]
         else:
             own = torch.ones(width, width, dtype=torch.bool, device=owner.device).tril().expand(len(owner), -1, -1)
             shared = token_mask(prompts.lengths, prompts.keys[0].shape[2])[owner][:, None].expand(-1, width, -1)
@@ -115,72 +116,67 @@ class AnswerMemory:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         prompt_keys, prompt_values, share = self.prompts.keys[layer], self.prompts.values[layer], query.shape[1] // key.shape[1]
         expand = lambda x: x.repeat_interleave(share, 1) if share > 1 else x  # noqa: E731  `share` query heads read one key-value head
-        if query.device.type == "cpu":
-            return AttentionInParts.apply(query, expand(key), expand(value), prompt_keys, prompt_values, self.counts, self.lengths, scaling)
-        # On a GPU attention is a few per cent of a step: there the prompt's keys may well be copied to its answers, [B, H, P + T, D].
+        if self.in_parts:
+            return AttentionInParts.apply(query, expand(key), expand(value), prompt_keys, prompt_values, self.parts, scaling)
         keys, values = (expand(torch.cat([shared[self.owner], own], 2)) for shared, own in ((prompt_keys, key), (prompt_values, value)))
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, scale=scaling)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, scale=scaling)  # over [B, H, P + T, D]
+
+
+def attends_in_parts(device: torch.device) -> bool:
+    """Whether the prompt's keys are read where they are. On a GPU they are copied to each answer instead: its fused kernels
+    keep their normalisers to themselves, and against the products with a large model's weights the copy is small."""
+    return device.type == "cpu"
 
 
 class AttentionInParts(torch.autograd.Function):
-    """softmax(q [K_prompt, K_own]) [V_prompt, V_own] with the prompt's keys where they are: one product a prompt for all its answers.
+    """Attention over a prompt's keys and an answer's own, each part by itself: one product a prompt for all its answers.
 
-    Each part is attention by itself, with the logarithm of its normaliser (lse); the whole is their mean, weighted by
-    exp(lse_part - lse). Backward needs nothing more: weights are exp(scores - lse) with the lse of the whole, so a part's own
-    backward pass, given the whole's output and lse, is that part of the whole's. torch's fused CPU kernels take them as they are.
+    Of each part we keep the output and the logarithm of its softmax's normaliser (lse). The whole output is the mean of the
+    parts', weighted by exp(lse of the part - lse of the whole). Backward, a part's attention weights are exp(scores - lse of
+    the whole); so its own backward pass, given the output and lse of the whole, yields just its share of the gradient.
     """
 
+    # torch's fused kernels, by their inner names: the public function does not hand out the normaliser.
+    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    run_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
     @staticmethod
-    def forward(ctx, query, key, value, prompt_keys, prompt_values, counts, lengths, scaling):
-        """query, key, value [B, H, T, D], the rows of a prompt together; prompt_keys, prompt_values [S, K, P, D]; counts, lengths: of each prompt."""
-        ctx.parts, ctx.scaling, K, T = prompt_parts(counts, lengths), scaling, prompt_keys.shape[1], query.shape[2]
-        own, own_lse = CPU_ATTENTION(query, key, value, 0.0, True, scale=scaling)
-        out, lse = torch.empty_like(query), torch.empty_like(own_lse)
-        for s, rows, places in ctx.parts:
-            part, part_lse = CPU_ATTENTION(fold(query[rows], K), prompt_keys[s:s + 1, :, :places], prompt_values[s:s + 1, :, :places], scale=scaling)
-            out[rows], lse[rows] = unfold(part, query[rows]), unfold(part_lse[..., None], query[rows])[..., 0]
-        out = torch.lerp(out, own, torch.sigmoid(own_lse - lse)[..., None])
-        lse = torch.logaddexp(lse, own_lse)
-        ctx.save_for_backward(query, key, value, prompt_keys, prompt_values, out, lse)
+    def forward(ctx, query, key, value, prompt_keys, prompt_values, parts, scaling):
+        """query, key, value [B, H, T, D]; prompt_keys, prompt_values [S, K, P, D]; parts: (prompt, its rows, its length), ... -> [B, H, T, D]"""
+        ctx.parts, ctx.scaling, K = parts, scaling, prompt_keys.shape[1]
+        own, own_lse = AttentionInParts.run(query, key, value, 0.0, True, scale=scaling)
+        out, lse = torch.empty_like(own), torch.empty_like(own_lse)  # of the prompt's part, then of the whole
+        for prompt, rows, length in parts:
+            where = slice(prompt, prompt + 1), slice(None), slice(length)
+            part, part_lse = AttentionInParts.run(to_one_row(query[rows], K), prompt_keys[where], prompt_values[where], scale=scaling)
+            out[rows], lse[rows] = from_one_row(part, query[rows]), from_one_row(part_lse[..., None], query[rows])[..., 0]
+        out = torch.lerp(out, own, torch.sigmoid(own_lse - lse)[..., None].to(out.dtype))
+        ctx.save_for_backward(query, key, value, prompt_keys, prompt_values, out, torch.logaddexp(lse, own_lse))
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        """Gradients of query, key, value, prompt_keys, prompt_values, each in its own shape."""
+        """grad [B, H, T, D] -> gradients of query, key, value, prompt_keys and prompt_values."""
         query, key, value, prompt_keys, prompt_values, out, lse = ctx.saved_tensors
         grad, K = grad.contiguous(), prompt_keys.shape[1]
-        query_grad, key_grad, value_grad = CPU_ATTENTION_BACKWARD(grad, query, key, value, out, lse, 0.0, True, scale=ctx.scaling)
+        query_grad, key_grad, value_grad = AttentionInParts.run_backward(grad, query, key, value, out, lse, 0.0, True, scale=ctx.scaling)
         keys_grad, values_grad = torch.zeros_like(prompt_keys), torch.zeros_like(prompt_values)
-        for s, rows, places in ctx.parts:
-            where = (slice(s, s + 1), slice(None), slice(places))
-            part, keys_grad[where], values_grad[where] = CPU_ATTENTION_BACKWARD(
-                fold(grad[rows], K), fold(query[rows], K), prompt_keys[where], prompt_values[where], fold(out[rows], K),
-                fold(lse[rows][..., None], K)[..., 0], 0.0, False, scale=ctx.scaling)
-            query_grad[rows] += unfold(part, query[rows])
-        return query_grad, key_grad, value_grad, keys_grad, values_grad, None, None, None
+        for prompt, rows, length in ctx.parts:
+            where = slice(prompt, prompt + 1), slice(None), slice(length)
+            part_grad, part_query, part_out, part_lse = (to_one_row(x[rows], K) for x in (grad, query, out, lse[..., None]))
+            part, keys_grad[where], values_grad[where] = AttentionInParts.run_backward(
+                part_grad, part_query, prompt_keys[where], prompt_values[where], part_out, part_lse[..., 0], 0.0, False, scale=ctx.scaling)
+            query_grad[rows] += from_one_row(part, query[rows])
+        return query_grad, key_grad, value_grad, keys_grad, values_grad, None, None
 
 
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+def to_one_row(x: Tensor, heads: int) -> Tensor:
+    """[b, H, T, e] -> [1, K, H / K * b * T, e]: all that reads one key-value head, in one row."""
+    return x.unflatten(1, (heads, -1)).permute(1, 2, 0, 3, 4).reshape(1, heads, -1, x.shape[-1])
 
 
-def prompt_parts(counts, lengths):
-    parts, start = [], 0
-    for s, (count, places) in enumerate(zip(counts, lengths)):
-        if count:
-            parts.append((s, slice(start, start + count), places))
-        start += count
-    return parts
-
-
-def fold(x: Tensor, heads: int) -> Tensor:
-    """[b, H, T, e] -> [1, K, n * b * T, e]: all that reads one key-value head of one prompt, in one row."""
-    b, H, T, e = x.shape
-    return x.view(b, heads, H // heads, T, e).permute(1, 2, 0, 3, 4).reshape(1, heads, -1, e)
-
-
-def unfold(x: Tensor, like: Tensor) -> Tensor:
-    """[1, K, n * b * T, e] -> [b, H, T, e], as in `like`."""
+def from_one_row(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `to_one_row`: [1, K, H / K * b * T, e] -> [b, H, T, e], sizes as in `like`."""
     b, H, T, _ = like.shape
     return x.reshape(H, b, T, -1).transpose(0, 1)
 

@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import full_logps, random_prompts, tiny_model
 
 import grpo
@@ -147,8 +148,11 @@ def relative_error(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float
     return max(float((a - b).norm() / b.norm()) for a, b in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("in_parts", [True, False])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
-def test_gradients_through_a_shared_prompt_equal_those_of_the_repeated_prompt(changes):
+def test_gradients_through_a_shared_prompt_equal_those_of_the_repeated_prompt(changes, in_parts, monkeypatch):
+    """In parts, as a CPU does it, and over keys copied to each answer, as a GPU does."""
+    monkeypatch.setattr(grpo, "attends_in_parts", lambda device: in_parts)
     model = tiny_model(**changes)
     assert relative_error(shared_gradients(model, *problem()), naive_gradients(model, *problem())) <= 1e-5
 
@@ -166,6 +170,12 @@ def test_projecting_in_chunks_changes_no_gradient(model, monkeypatch):
     plain, whole = shared_gradients(model, *problem()), grpo.answer_logps
     monkeypatch.setattr(grpo, "answer_logps", lambda *args: whole(*args, chunk_elements=300))
     assert relative_error(shared_gradients(model, *problem()), plain) <= 1e-5
+
+
+def test_bfloat16_gradients_point_where_float32_ones_do(model):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    for got, wanted in zip(shared_gradients(half, *problem()), shared_gradients(model, *problem()), strict=True):
+        assert F.cosine_similarity(got.float().flatten(), wanted.flatten(), 0) > 0.99
 
 
 def test_the_end_token_has_a_gradient_where_pad_and_end_are_one_token(model):
