@@ -1,0 +1,226 @@
+"""Decoding, a GRPO step and what fits, on a GPU: Qwen2.5's shapes with random weights in bfloat16.
+
+    python benchmarks/bench_gpu.py                       (0.5B, 1.5B and 7B; 2,200 prompt tokens, G = 32, 512 new tokens)
+    python benchmarks/bench_gpu.py --sizes test --device cpu --prompt 60 --new 20 --group 4     (the same road in seconds, on any machine)
+
+Decoding: tokens per second after the prompt is encoded, as a share of the limit: the bytes that a step must read (weights, the prompt's keys and
+values once, the answers' own) over the bandwidth measured by a copy. Beside it, run in turn: the same without CUDA graphs, and transformers'
+generate(num_return_sequences=G). Step: sampling and update with their peak memory; where weights, gradients and moments exceed
+the card, the optimizer's state is in host memory. Fits: the largest group whose answers fit at each length, by trying.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import grpo
+from bench_grpo import reward_of_ids
+from data import InputError, command_line, run_main, setting
+from rearank import Agent, Decoder, pick_device, sample
+
+
+def shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict:
+    """A Qwen2 configuration in the words of Qwen2Config."""
+    return dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+                vocab_size=vocab, tie_word_embeddings=tied)
+
+
+SHAPES = {"0.5B": shape(896, 4864, 24, 14, 2, 151936, True), "1.5B": shape(1536, 8960, 28, 12, 2, 151936, True),
+          "7B": shape(3584, 18944, 28, 28, 4, 152064, False), "test": shape(64, 128, 2, 4, 2, 500, False)}
+
+
+@dataclasses.dataclass
+class Settings:
+    """Settings of the benchmark."""
+
+    sizes: list[str] = setting(lambda: ["0.5B", "1.5B", "7B"], "Shapes.", nargs="+", choices=tuple(SHAPES))
+    parts: list[str] = setting(lambda: ["sample", "step", "fits"], "What to measure.", nargs="+", choices=("sample", "step", "fits"))
+    prompt: int = setting(2200, "Prompt tokens.", least=1)
+    new: int = setting(512, "New tokens an answer.", least=2)
+    group: int = setting(32, "Answers to a prompt.", least=2)
+    prompts: int = setting(1, "Prompts in a step.", least=1)
+    repeats: int = setting(5, "Runs in turn; medians count.", least=1)
+    answer_tokens: int = setting(8192, "Padded answer tokens in a micro-batch of the update.", least=1)
+    checkpointing: bool = setting(True, "Recompute activations in the update's backward pass.")
+    offload: str = setting("auto", "Optimizer state in host memory; auto: where the card cannot hold it.", choices=("auto", "yes", "no"))
+    lengths: list[int] = setting(lambda: [512, 1024, 2048], "Answer lengths to find the largest group for.", nargs="+", type=int)
+    device: str = setting("auto", "cuda, cpu or auto.")
+    json: bool = setting(False, "Print one JSON line a measure instead of the table.")
+
+
+def build(size: str, device: torch.device) -> torch.nn.Module:
+    """A model of this shape with random weights, on the device."""
+    torch.manual_seed(0)
+    config = Qwen2Config(**SHAPES[size], max_position_embeddings=32768, pad_token_id=0, eos_token_id=0, bos_token_id=None)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, attn_implementation="sdpa").eval()
+
+
+class Measure:
+    """Seconds and peak GPU memory over the baseline (MiB; 0 on a CPU) of what runs inside."""
+
+    def __enter__(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.base = torch.cuda.memory_allocated()
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.started
+        self.mib = (torch.cuda.max_memory_allocated() - self.base) / 2**20 if torch.cuda.is_available() else 0.0
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written together, of a plain copy of 1 GiB (64 MiB on a CPU)."""
+    source = torch.empty(2**26 if device.type == "cpu" else 2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    with Measure() as measure:
+        for _ in range(20):
+            target.copy_(source)
+    return 20 * 2 * len(source) / measure.seconds
+
+
+def bytes_per_step(model, settings: Settings) -> float:
+    """What one decoding step cannot do without reading: weights, the prompt's keys and values once, on average half of the answers' own."""
+    config, size = model.config, model.dtype.itemsize
+    weights = sum(p.numel() for p in model.parameters()) - (0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel())
+    place = 2 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    return size * (weights + place * (settings.prompt + settings.group * settings.new / 2))
+
+
+def bench_sample(size: str, settings: Settings, device: torch.device) -> list[dict]:
+    """Decoding by captured graphs, beside decoding kernel by kernel and beside generate. Random weights never draw an end token we would stop at."""
+    model = build(size, device)
+    prompt = torch.randint(1, model.config.vocab_size, (1, settings.prompt), generator=torch.Generator().manual_seed(0))
+
+    def ours(new: int, graphs: bool) -> None:
+        sample(model, prompt.tolist(), settings.group, new, 1.0, [], max_rows=settings.group, cuda_graphs=graphs)
+
+    def generate(new: int) -> None:
+        ids = prompt.to(device)
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new,
+                       min_new_tokens=new, num_return_sequences=settings.group, eos_token_id=None)
+
+    sides = {"ours": lambda new: ours(new, True), "ours without graphs": lambda new: ours(new, False), "transformers.generate": generate}
+    whole, first, mib = ({name: [] for name in sides} for _ in range(3))
+    for repeat in range(-1, settings.repeats):  # the first round is a warm-up
+        for name, side in sides.items():
+            with Measure() as short:
+                side(1)
+            with Measure() as long:
+                side(settings.new)
+            if repeat >= 0:
+                whole[name].append(long.seconds), first[name].append(short.seconds), mib[name].append(long.mib)
+    median = statistics.median
+    limit, decode = bytes_per_step(model, settings) / bandwidth(device), {name: median(whole[name]) - median(first[name]) for name in sides}
+    rows = []
+    for peer in list(sides)[1:]:
+        rows.append({"what": "sample", "size": size, "peer": peer, "ours_s": median(whole["ours"]), "peer_s": median(whole[peer]),
+                     "ratio": median(b / a for a, b in zip(whole["ours"], whole[peer])), "ours_mib": median(mib["ours"]), "peer_mib": median(mib[peer]),
+                     "repeats": settings.repeats, "tokens_per_s": settings.group * (settings.new - 1) / decode["ours"],
+                     "peer_tokens_per_s": settings.group * (settings.new - 1) / decode[peer], "prefill_s": median(first["ours"]),
+                     "share_of_limit": limit * (settings.new - 1) / decode["ours"], "peer_share_of_limit": limit * (settings.new - 1) / decode[peer]})
+    return rows
+
+
+def bench_step(size: str, settings: Settings, device: torch.device) -> list[dict]:
+    """Whole steps without a reference model: sampling, then the update with master weights and moments; medians, without the first."""
+    model = build(size, device)
+    state = 16 * model.num_parameters()  # float32 gradient sums, masters and two moments
+    offload = settings.offload == "yes" or settings.offload == "auto" and device.type == "cuda" and state > 0.8 * torch.cuda.mem_get_info()[0]
+    optimizer, agent = grpo.MasterAdamW(list(model.parameters()), offload=offload), Agent(model, None, [])
+    options = grpo.Settings(group=settings.group, beta=0.0, answer_tokens=settings.answer_tokens, checkpointing=settings.checkpointing)
+    prompts = torch.randint(1, model.config.vocab_size, (settings.prompts, settings.prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    sampling, update = [], []
+    for step in range(settings.repeats + 1):
+        with Measure() as measure:
+            groups = sample(model, prompts, settings.group, settings.new, 1.0, [], seed=step, max_rows=128)
+        sampling.append(measure)
+        completions = [c for group in groups for c in group]
+        rewards = torch.tensor([reward_of_ids(c.ids) for c in completions], device=device).view(len(prompts), settings.group)
+        with Measure() as measure:
+            grpo.update_policy(agent, None, optimizer, grpo.Rollouts([], prompts, completions, [], [], 1.0), rewards, 1e-6, options)
+        update.append(measure)
+    optimizer.release()
+    seconds = [statistics.median(m.seconds for m in part[1:]) for part in (sampling, update)]
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
+    return [{"what": "step", "size": size, "peer": None, "ours_s": sum(seconds), "peer_s": None, "ratio": None, "ours_mib": max(m.mib for m in sampling + update),
+             "peer_mib": None, "repeats": settings.repeats, "sample_s": seconds[0], "update_s": seconds[1], "peak_mib_in_all": peak, "offload": offload}]
+
+
+@torch.inference_mode()
+def fits(model, settings: Settings, group: int, length: int) -> float | None:
+    """Peak memory in GB (1e9, weights included) of `group` answers of `length` tokens; None where it is too much. Takes only the last step."""
+    prompt = torch.randint(1, model.config.vocab_size, (1, settings.prompt)).tolist()
+    try:
+        with Measure():
+            decoder = Decoder(model, group, settings.prompt, length)
+            decoder.admit(prompt, group, torch.rand(group, length))
+            decoder.ages, decoder.lengths[:group] = [length - 1] * group, length - 1
+            decoder.step()
+        return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    except torch.OutOfMemoryError:
+        return None
+
+
+def bench_fits(size: str, settings: Settings, device: torch.device) -> list[dict]:
+    """The largest group, in doublings, that fits in 80 GB and on this card, for each length. (The update goes through in micro-batches: it is bounded.)"""
+    model, rows = build(size, device), []
+    for length in settings.lengths:
+        best, group = {"80": 0, "card": 0}, settings.group
+        while group <= 32 * settings.group and (peak := fits(model, settings, group, length)) is not None:
+            best["card"] = group
+            if peak <= 80:
+                best["80"] = group
+            group *= 2
+        rows.append({"what": "fits", "size": size, "length": length, "group_in_80_gb": best["80"], "group_on_this_card": best["card"],
+                     "most_tried": 32 * settings.group})
+    return rows
+
+
+def line(row: dict) -> str:
+    """One measure as a line of the table."""
+    if row["what"] == "sample":
+        return (f"sample {row['size']:5} {row['tokens_per_s']:8.0f} tokens/s, {row['share_of_limit']:.0%} of the bandwidth limit, {row['ours_mib']:.0f} MiB; {row['peer']} "
+                f"{row['peer_tokens_per_s']:.0f}, {row['peer_share_of_limit']:.0%}, {row['peer_mib']:.0f} MiB; in all {row['ratio']:.1f} x faster")
+    if row["what"] == "step":
+        return (f"step   {row['size']:5} {row['ours_s']:.2f} s: sampling {row['sample_s']:.2f}, update {row['update_s']:.2f}; peak {row['peak_mib_in_all']:.0f} MiB with "
+                f"weights and state{', optimizer in host memory' if row['offload'] else ''}")
+    return (f"fits   {row['size']:5} {row['length']} new tokens: group of {row['group_in_80_gb']} in 80 GB, {row['group_on_this_card']} on this card "
+            f"(tried up to {row['most_tried']})")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure what the command line asks for and print it."""
+    settings = command_line(Settings, argv, __doc__)
+    device = pick_device(settings.device)
+    if device.type == "cpu" and set(settings.sizes) != {"test"}:
+        raise InputError("no GPU here: bench_gpu.py measures on CUDA; on a CPU use --sizes test --device cpu --prompt 60 --new 20 --group 4")
+    if not settings.json:
+        card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        print(f"{card}, torch {torch.__version__}, {bandwidth(device) / 1e12:.2f} TB/s by a copy; {settings.prompt} prompt tokens, G = {settings.group}, {settings.new} new tokens")
+    for size in settings.sizes:
+        for part in settings.parts:
+            for row in {"sample": bench_sample, "step": bench_step, "fits": bench_fits}[part](size, settings, device):
+                print(json.dumps(row) if settings.json else line(row), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
