@@ -4,9 +4,9 @@
     python benchmarks/bench_grpo.py --size small         (about 10 minutes on 2 cores)
 
 Same model, same prompts, same group size, same reward (a function of the ids, so that neither side tokenizes). Ratios are peer / ours, the
-median over pairs run in turn; memory is the peak over what a fresh process held before the call. Beside the
-sampling ratio stands the estimated limit: the bytes and FLOPs the decode steps cannot do without, over what this machine reaches in
-a plain copy and a plain matrix product.
+median over pairs run in turn; memory is the peak over what a fresh process held before the call. Beside each
+ratio stands the estimated limit: the bytes and FLOPs that cannot be done without, over what this machine reaches in a plain sum and a
+plain matrix product. `ours_mib` and `peer_mib` include what torch allocates for itself in a first call.
 """
 
 from __future__ import annotations
@@ -135,26 +135,30 @@ def in_turn(settings: Settings, only: str, beta: float, ours, peer) -> dict:
             "ratio": statistics.median(p[1] / p[0] for p in pairs), "ours_mib": mib[0], "peer_mib": mib[1], "repeats": settings.repeats}
 
 
-def limit_seconds(size: Size, model: torch.nn.Module, tokens: int, steps: int) -> float:
-    """The least time for the decoding alone: the larger of its FLOPs over the measured matmul peak and its bytes over the measured bandwidth."""
+def limit_seconds(size: Size, model: torch.nn.Module, prompts: int, answers: list[int], passes: int = 0) -> float:
+    """The least time this machine could take for answers of these lengths to `prompts` prompts, and for `passes` forward passes more over all tokens
+    (a backward pass counts as two): FLOPs over the measured matmul peak; decoding also no less than its bytes over the measured bandwidth."""
     a = torch.randn(1024, 1024)
     started = time.perf_counter()
     for _ in range(10):
         a @ a
-    flops = 10 * 2 * 1024**3 / (time.perf_counter() - started)
-    big = torch.empty(2**26)
-    big.fill_(1.0)
+    flops_per_s = 10 * 2 * 1024**3 / (time.perf_counter() - started)
+    big = torch.ones(2**26)
     started = time.perf_counter()
     for _ in range(3):
         big.sum()
-    bandwidth = 3 * 2**28 / (time.perf_counter() - started)
-    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-    heads, layers = size.config["num_attention_heads"], size.config["num_hidden_layers"]
-    head = size.config["hidden_size"] // heads
-    attention = 4 * layers * heads * head * size.prompt
-    prefill = 2 * weights * size.prompt * size.prompts
-    cache = 2 * layers * size.config["num_key_value_heads"] * head * size.prompt * 4
-    return max((tokens * (2 * weights + attention) + prefill) / flops, steps * (weights * 4 + cache) / bandwidth)
+    bytes_per_s = 3 * 2**28 / (time.perf_counter() - started)
+
+    config, count = model.config, lambda module: sum(p.numel() for p in module.parameters())
+    layers, last = [count(layer) for layer in model.model.layers], model.model.layers[-1]
+    decode_weights = sum(layers) + model.lm_head.weight.numel()
+    prompt_weights = sum(layers[:-1]) + count(last.self_attn.k_proj) + count(last.self_attn.v_proj)  # the last layer answers at one place only
+    place = 4 * config.num_hidden_layers * config.hidden_size  # FLOPs of one token's attention to one place
+    prompt_flops = prompts * size.prompt * (2 * prompt_weights + place * size.prompt / 2)
+    answer_flops = sum(n * (2 * decode_weights + place * (size.prompt + n / 2)) for n in answers)
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads * size.prompt * prompts
+    decoding = max(answer_flops / flops_per_s, max(answers) * 4 * (decode_weights + cache) / bytes_per_s)
+    return decoding + (prompt_flops + passes * (prompt_flops + answer_flops)) / flops_per_s
 
 
 def bench_sample(size: Size, settings: Settings) -> dict:
@@ -166,7 +170,7 @@ def bench_sample(size: Size, settings: Settings) -> dict:
     def ours():
         answers = sample(model, prompts.tolist(), size.group, size.new, 1.0, [END], seed=0, max_rows=size.group * size.prompts)
         lengths = [len(c.ids) for row in answers for c in row]
-        seen["tokens"], seen["steps"] = sum(lengths), max(lengths)
+        seen["lengths"] = lengths
 
     def generate(ids):
         return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
@@ -177,7 +181,7 @@ def bench_sample(size: Size, settings: Settings) -> dict:
         together = in_turn(settings, "sample", 0.0, ours, lambda: generate(prompts))
         if together["ratio"] < one_by_one["ratio"]:
             one_by_one = together | {"note": "all prompts in one call"}
-    limit = limit_seconds(size, model, seen["tokens"], seen["steps"])
+    limit = limit_seconds(size, model, size.prompts, seen["lengths"])
     return {"what": "sample", "size": settings.size, "peer": "transformers.generate", **one_by_one, "limit_s": limit}
 
 
@@ -193,16 +197,18 @@ def bench_step(size: Size, settings: Settings, beta: float) -> dict:
     reference = build(size) if beta else None
     optimizer = grpo.MasterAdamW([p for p in mine.parameters() if p.requires_grad])
     options = grpo.ToySettings(group=size.step_group, beta=beta, answer_tokens=384)  # short micro-batches of like length: little padding, little memory
-    agent, steps = Agent(mine, None, [END]), iter(range(10**6))
+    agent, steps, seen = Agent(mine, None, [END]), iter(range(10**6)), {}
 
     def ours():
         groups = sample(mine, prompts, size.step_group, size.new, 1.0, [END], seed=next(steps), max_rows=1024)
         completions: list[Completion] = [c for group in groups for c in group]
+        seen["lengths"] = [len(c.ids) for c in completions]
         rewards = torch.tensor([reward_of_ids(c.ids) for c in completions]).view(len(prompts), size.step_group)
         grpo.update_policy(agent, reference, optimizer, grpo.Rollouts([], prompts, completions, [], [], 1.0), rewards, 1e-6, options)
 
-    return {"what": "step", "size": f"{settings.size}, beta {beta}", "peer": "trl.GRPOTrainer",
-            **in_turn(settings, "step", beta, ours, trl_step(theirs, prompts, size, beta))}
+    row = in_turn(settings, "step", beta, ours, trl_step(theirs, prompts, size, beta))
+    limit = limit_seconds(size, mine, len(prompts), seen["lengths"], passes=4 if beta else 3)
+    return {"what": "step", "size": settings.size, "peer": "trl.GRPOTrainer", **row, "limit_s": limit, "beta": beta}
 
 
 def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
@@ -259,9 +265,9 @@ def main(argv: list[str] | None = None) -> int:
         if settings.json:
             print(json.dumps(row))
         else:
-            print(f"{row['what']:7} {row['size']:18} ours {row['ours_s']:7.2f} s {row['ours_mib']:6.0f} MiB   {row['peer']:22} {row['peer_s']:7.2f} s "
-                  f"{row['peer_mib']:6.0f} MiB   {row['ratio']:5.1f} x faster, memory 1/{row['peer_mib'] / max(row['ours_mib'], 1):.1f}"
-                  + (f"   limit {row['limit_s']:.2f} s" if "limit_s" in row else ""))
+            what = row["what"] + (f", beta {row['beta']}" if "beta" in row else "")
+            print(f"{what:16} {row['size']:5} ours {row['ours_s']:7.2f} s {row['ours_mib']:6.0f} MiB   {row['peer']:22} {row['peer_s']:7.2f} s "
+                  f"{row['peer_mib']:6.0f} MiB   {row['ratio']:5.1f} x faster, memory 1/{row['peer_mib'] / max(row['ours_mib'], 1):.1f}   limit {row['limit_s']:.2f} s")
     return 0
 
 
