@@ -9,6 +9,8 @@ from conftest import random_prompts, tiny_model
 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import rearank
 from data import Candidates, InputError, read_run, toy_task, write_candidates
@@ -180,6 +182,33 @@ def test_sampling_follows_the_distribution():
     drawn = torch.bincount(pick_tokens(logits, 1.0, torch.rand(20000, generator=torch.Generator().manual_seed(0))), minlength=4) / 20000
     torch.testing.assert_close(drawn, logits[0].softmax(0), atol=0.01, rtol=0)
     assert pick_tokens(logits[:1], 1.0, torch.tensor([0.9999999])).item() < 3  # no impossible token, even at the very edge
+
+
+def model_of_kind(kind: str, **changes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                                  num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.15, eos_token_id=3, pad_token_id=3,
+                                  bos_token_id=None, **changes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("qwen2", {}), ("qwen3", {"head_dim": 32}), ("llama", {}), ("mistral", {"sliding_window": None}),
+                                               ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}})])
+def test_the_forward_pass_written_out_is_that_of_the_model(kind, changes):
+    model, (prompt,) = model_of_kind(kind, **changes), random_prompts(21)
+    rearank.check_shared_prompt(kind, model)
+    with torch.no_grad():
+        for layer in model.model.layers:  # random weights leave the norms at 1 and the biases at 0: they must count too
+            for p in [*layer.input_layernorm.parameters(), *layer.self_attn.parameters()]:
+                p.add_(torch.randn(p.shape) * 0.1)
+    uniforms = torch.rand(1, 15, generator=torch.Generator().manual_seed(0))
+    assert sample(model, [prompt], 1, 15, 1.0, [], seed=0)[0][0].ids == plain_sample(model, prompt, uniforms[0], 1.0, [])
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("gemma", {"head_dim": 16}), ("olmo2", {}), ("granite", {"logits_scaling": 8.0}), ("phi3", {}), ("gpt_neox", {})])
+def test_a_model_whose_forward_pass_is_another_is_refused_and_not_wrong(kind, changes):
+    with pytest.raises(InputError, match="Qwen2, Qwen3, Llama and Mistral"):
+        rearank.check_shared_prompt(kind, model_of_kind(kind, **changes))
 
 
 def test_every_end_of_turn_token_ends_an_answer(toy):
