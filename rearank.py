@@ -3,8 +3,8 @@
     python rearank.py --model le723z/Rearank-7B --input candidates.jsonl --output reranked.trec
     python rearank.py --model runs/toy/checkpoint --prompt toy --window 6 --step 3 --max-new-tokens 64 --input runs/toy/long.jsonl --output long.trec
 
-From top to bottom: the prompts; attention over a shared prompt; sampling with a key-value cache; the sliding window;
-`Reranker`, which joins them; the command line.
+From top to bottom: the prompts; the forward pass; decoding over a shared prompt, and sampling; loading a model; the sliding
+window; `Reranker`, which joins them; the command line.
 
 Where it departs from the paper (arXiv 2505.20046) and the authors' code:
 - n = 100, window 20, step 10 makes 9 windows, not 10; lists of every length are ranked to their very head (`sliding_window`).
@@ -224,7 +224,11 @@ def encode_prompts(model, prompts: Sequence[Sequence[int]], checkpointing: bool 
 
 
 def attend_part(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention to one part of what a token may read: output [.., n, D] and the log of the softmax's normaliser [.., n, 1], float32."""
+    """Softmax attention to one part of what a token may read.
+
+    query [.., n, D], scaled; keys, values [.., P, D]; bias, -inf at places out of sight, broadcasts to [.., n, P]. Returns the
+    output [.., n, D] and the logarithm of the softmax's normaliser [.., n, 1], both float32.
+    """
     scores = (query @ keys.transpose(-1, -2)).float()  # [.., n, P]
     if bias is not None:
         scores += bias
@@ -403,7 +407,8 @@ class Decoder:
         self.rows = torch.arange(R, device=self.device)
         # Where all are of one length no mask is needed. A captured step must do for all lengths.
         self.own_bias = None if not self.graphs and min(self.ages) + 1 == self.width else self.bias(lengths + 1, self.width)
-        self.prompt_bias = None if not self.graphs and min(self.prompts) == self.prompt_width else self.bias(self.prompt_lengths[:self.S], self.prompt_width)
+        full = not self.graphs and min(self.prompts) == self.prompt_width
+        self.prompt_bias = None if full else self.bias(self.prompt_lengths[:self.S], self.prompt_width)
         hidden = forward(self.model, self.tokens[:R, None], (self.starts[:R] + lengths)[:, None], self.attend)
         return self.model.lm_head(hidden[:, 0])
 
