@@ -123,8 +123,8 @@ class AnswerMemory:
 
 
 def attends_in_parts(device: torch.device) -> bool:
-    """Whether the prompt's keys are read where they are. On a GPU they are copied to each answer instead: its fused kernels
-    keep their normalisers to themselves, and against the products with a large model's weights the copy is small."""
+    """Whether the prompt's keys are read where they are. On a GPU they are copied to each answer and the public attention function
+    is called: the parts are not yet written for CUDA's kernels, and against the products with a large model's weights the copy is small."""
     return device.type == "cpu"
 
 
@@ -213,7 +213,7 @@ def answer_logps(model, prompts: EncodedPrompts, owner: Tensor, answers: Sequenc
         hidden = torch.cat([hidden, forward(model, ids[:, :-1], positions, memory.attend, None, checkpointing)], 1)  # [B, T, hidden]
     mask = token_mask(lengths, T)
     flat, targets = hidden[mask], ids[mask]  # [N, hidden], [N]
-    size = max(1, (chunk_elements or (2**27 if device.type == "cuda" else 2**23)) // model.lm_head.weight.shape[0])
+    size = max(1, (chunk_elements or (2**23 if device.type == "cpu" else 2**27)) // model.lm_head.weight.shape[0])
     parts = []
     for h, t in zip(flat.split(size), targets.split(size)):
         again = len(flat) > size and torch.is_grad_enabled()
@@ -268,6 +268,8 @@ def through_groups(model, prompts: Sequence[Sequence[int]], answers: Sequence[Se
             rows = sorted((g * G + i for g in groups for i in range(G)), key=lambda r: -len(answers[r]))
             while rows:
                 count = max(1, answer_tokens // len(answers[rows[0]]))
+                if not attends_in_parts(device):  # each answer then has a copy of its prompt's keys and values
+                    count = max(1, min(count, 8 * answer_tokens // (len(answers[rows[0]]) + encoded.keys[0].shape[2])))
                 now, rows = sorted(rows[:count]), rows[count:]
                 owner = torch.tensor([r // G - groups.start for r in now], device=device)
                 logps, entropy, lengths = answer_logps(model, cut, owner, [answers[r] for r in now], temperature, checkpointing)

@@ -187,7 +187,8 @@ class PromptMemory:
         self.keys, self.values, self.lengths = {}, {}, lengths
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self.keys[layer], self.values[layer] = key, value
+        self.keys.setdefault(layer, key)  # the first: a checkpointed layer comes here again in the backward pass
+        self.values.setdefault(layer, value)
         last = query.shape[2] < key.shape[2]  # one query a prompt, that of its last token: it sees the whole prompt and no padding
         mask = token_mask(self.lengths, key.shape[2])[:, None, None] if last else None
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=not last, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
@@ -223,13 +224,17 @@ def encode_prompts(model, prompts: Sequence[Sequence[int]], checkpointing: bool 
     return EncodedPrompts([memory.keys[i] for i in layers], [memory.values[i] for i in layers], lengths, hidden[:, 0])
 
 
-def attend_part(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention to one part of what a token may read.
+def attend_part(query: Tensor, keys: Tensor, values: Tensor, scaling: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax attention to one part of what a token may read, scores and softmax in float32.
 
-    query [.., n, D], scaled; keys, values [.., P, D]; bias, -inf at places out of sight, broadcasts to [.., n, P]. Returns the
-    output [.., n, D] and the logarithm of the softmax's normaliser [.., n, 1], both float32.
+    query [B, K, n, D]; keys, values [B, K, P, D]; bias, -inf at places out of sight, broadcasts to [B, K, n, P]. Returns the
+    output [B, K, n, D] and the logarithm of the softmax's normaliser [B, K, n, 1], both float32.
     """
-    scores = (query @ keys.transpose(-1, -2)).float()  # [.., n, P]
+    if query.is_cuda and query.dtype != torch.float32:  # half factors, float32 products: rounded to bfloat16, large scores would be off by whole units
+        scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32).unflatten(0, query.shape[:2])
+        scores *= scaling  # [B, K, n, P]
+    else:
+        scores = (query.float() * scaling) @ keys.float().transpose(-1, -2)
     if bias is not None:
         scores += bias
     top = scores.amax(-1, keepdim=True)
@@ -268,8 +273,8 @@ class Decoder:
     A row attends to its prompt and to its own answer apart, and the two are joined by their softmax normalisers. The
     prompt's part is one matrix product a prompt, [G rows x D] @ [D x P], where a cache expanded to the rows would be read R times.
 
-    Keys, values and state live in buffers with room for more; who leaves is overwritten by who stands last. So nothing is
-    ever copied whole, and a step finds everything at the addresses of the step before. That is what a CUDA graph needs: with
+    Keys, values and state live in buffers with room for more; who leaves is overwritten by who stands last. So nothing but
+    a buffer that grows is copied whole, and a step finds everything at the addresses of the step before. That is what a CUDA graph needs: with
     `graphs`, shapes are rounded up to a few and each is captured once and then replayed, for at a few dozen rows a GPU
     would otherwise wait for Python. Rounding adds rows and places that nobody reads; it changes no token.
     """
@@ -289,7 +294,7 @@ class Decoder:
         self.uniforms = torch.zeros(room, max_new_tokens if temperature else 1, device=self.device)  # random numbers, one a token
         self.prompt_lengths, self.slot_of, self.row_at = numbers(0), numbers(room), numbers(0)
         self.replays: dict[tuple, Callable[[], None] | None] = {}
-        self.pool = torch.cuda.graph_pool_handle() if graphs and self.device.type == "cuda" else None
+        self.pool = None  # the memory that captured steps share
 
     # --- prompts and rows come and go
 
@@ -341,7 +346,7 @@ class Decoder:
         """Buffers large enough for the prompts there are."""
         K, D, room = like.shape[1], like.shape[3], power_of_two(len(self.prompts))
         if not self.own:
-            self.own = [like.new_zeros(2, len(self.tokens), K, min(64, self.answer_width), D) for _ in range(layers)]
+            self.own = [like.new_zeros(2, len(self.tokens), K, min(256 if self.graphs else 64, self.answer_width), D) for _ in range(layers)]
             self.shared = [like.new_zeros(2, 0, K, self.prompt_width, D) for _ in range(layers)]
         if room > len(self.prompt_lengths):
             for layer in range(layers):  # one at a time: all of them twice would be a great deal of memory
@@ -351,15 +356,20 @@ class Decoder:
     def grown(self, x: Tensor, dim: int, size: int) -> Tensor:
         """x with room for `size` in `dim`, filled with ones (a prompt of length 0 would make NaN). Its address is new: what was captured is void."""
         self.replays.clear()
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs and self.device.type == "cuda" else None  # the old one ends with its graphs
         return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, size - x.shape[dim]], value=1)
 
     def arrange(self) -> None:
-        """Where each row stands when the rows meet their prompts as [S, G], and the rounded sizes of the coming steps."""
+        """Where each row stands when the rows meet their prompts as [S, G], and the sizes of the coming steps. G is the largest group still
+        alive, so stragglers of other prompts cost empty slots."""
         R, S = len(self.owner), len(self.prompts)
         most = max(Counter(self.owner).values(), default=0)
-        self.R, self.S, self.G = (round_up(R, 16), power_of_two(S), power_of_two(most)) if self.graphs and S else (R, S, most)
+        self.R, self.S, self.G, self.reach = R, S, most, max(self.prompts, default=0)
+        if self.graphs:
+            self.R, self.G, self.reach = round_up(R, 16), round_up(most, 8), min(round_up(self.reach, 256), self.prompt_width)
+            self.S = min(round_up(S, 4), len(self.prompt_lengths))
         if S == 1:
-            self.G = self.R
+            self.S, self.G = 1, self.R
         row_at, slot_of, taken = [0] * (self.S * self.G), [0] * self.R, Counter()
         for row, prompt in enumerate(self.owner if S != 1 else [0] * self.R):
             slot = prompt * self.G + taken[prompt]
@@ -377,7 +387,7 @@ class Decoder:
     def step(self) -> Tensor:
         """One token more for each row: draws and returns them, [R]."""
         self.widen()
-        shape = (self.R, self.S, self.G, self.width, self.in_order)
+        shape = (self.R, self.S, self.G, self.reach, self.width, self.in_order)
         if not self.graphs or shape not in self.replays:
             self.replays[shape] = None  # a shape's first step is the warm-up that capturing asks for
             self.advance()
@@ -407,8 +417,7 @@ class Decoder:
         self.rows = torch.arange(R, device=self.device)
         # Where all are of one length no mask is needed. A captured step must do for all lengths.
         self.own_bias = None if not self.graphs and min(self.ages) + 1 == self.width else self.bias(lengths + 1, self.width)
-        full = not self.graphs and min(self.prompts) == self.prompt_width
-        self.prompt_bias = None if full else self.bias(self.prompt_lengths[:self.S], self.prompt_width)
+        self.prompt_bias = None if not self.graphs and min(self.prompts) == self.reach else self.bias(self.prompt_lengths[:self.S], self.reach)
         hidden = forward(self.model, self.tokens[:R, None], (self.starts[:R] + lengths)[:, None], self.attend)
         return self.model.lm_head(hidden[:, 0])
 
@@ -433,9 +442,9 @@ class Decoder:
         K, n = key.shape[1], H // key.shape[1]  # n query heads share one key-value head
         (own_keys, own_values), (prompt_keys, prompt_values) = self.own[layer], self.shared[layer]
         self.own[layer][:, self.rows, :, self.lengths[:R]] = torch.cat([key, value], 2).transpose(1, 2)  # [R, 2, K, D]
-        query = query.reshape(R, K, n, D) * scaling
-        prompt, prompt_norm = attend_part(self.to_slots(query), prompt_keys[:self.S], prompt_values[:self.S], self.prompt_bias)
-        own, own_norm = attend_part(query, own_keys[:R, :, :self.width], own_values[:R, :, :self.width], self.own_bias)
+        query, S, reach, width = query.reshape(R, K, n, D), self.S, self.reach, self.width
+        prompt, prompt_norm = attend_part(self.to_slots(query), prompt_keys[:S, :, :reach], prompt_values[:S, :, :reach], scaling, self.prompt_bias)
+        own, own_norm = attend_part(query, own_keys[:R, :, :width], own_values[:R, :, :width], scaling, self.own_bias)
         share = torch.sigmoid(self.to_rows(prompt_norm, n) - own_norm)  # of the whole softmax that lies on the prompt, [R, K, n, 1]
         return torch.lerp(own, self.to_rows(prompt, n), share).to(value.dtype).view(R, H, 1, D)
 
@@ -527,6 +536,10 @@ class Agent:
 
 def check_architecture(config) -> None:
     """InputError unless every layer attends to everything before it: a sliding or recurrent layer cannot share a prompt so."""
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if config.model_type not in ("qwen2", "qwen3", "llama", "mistral") or rope in ("dynamic", "longrope"):
+        raise InputError(f"{config.model_type} with {rope} position embeddings: only Qwen2, Qwen3, Llama and Mistral are supported, with embeddings "
+                         "that do not change with the length of the text")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
         raise InputError(f"{config.model_type}: layers of kind {', '.join(sorted(kinds))} with a window of "

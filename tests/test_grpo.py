@@ -17,7 +17,7 @@ from data import (Instance, InputError, read_qrels, read_run, toy_answer, toy_co
 from eval import evaluate
 from grpo import (MasterAdamW, Microbatch, RunFolder, ToySettings, batch_of, group_advantages, grpo_loss, k3, learning_rate, project_logps,
                   supervised, through_groups, token_mask, train)
-from rearank import Completion, encode_prompt, load_agent, sample
+from rearank import Completion, PromptMemory, encode_prompt, forward, load_agent, sample
 
 # --- advantages
 
@@ -176,6 +176,16 @@ def test_bfloat16_gradients_point_where_float32_ones_do(model):
     half = copy.deepcopy(model).to(torch.bfloat16)
     for got, wanted in zip(shared_gradients(half, *problem()), shared_gradients(model, *problem()), strict=True):
         assert F.cosine_similarity(got.float().flatten(), wanted.flatten(), 0) > 0.99
+
+
+def test_a_checkpointed_prompt_keeps_no_second_graph_alive(model):
+    """The backward pass computes each layer again; what it then sees of keys and values must not be kept: it holds that layer's whole graph."""
+    ids = torch.tensor(random_prompts(20))
+    memory = PromptMemory(torch.tensor([20]))
+    hidden = forward(model, ids, torch.arange(20)[None], memory.attend, checkpointing=True)
+    first = dict(memory.keys)
+    hidden.sum().backward()
+    assert len(first) == 2 and all(memory.keys[layer] is key for layer, key in first.items())
 
 
 def test_the_end_token_has_a_gradient_where_pad_and_end_are_one_token(model):

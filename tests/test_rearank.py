@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_prompts, tiny_model
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,6 +110,7 @@ class Recording(TorchDispatchMode):
         self.operations = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "would wait for the device"
         out = func(*args, **(kwargs or {}))
         storage = lambda x: x.untyped_storage().data_ptr()  # noqa: E731
         before = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
@@ -126,7 +128,7 @@ class Recording(TorchDispatchMode):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_step_recorded_once_and_replayed_draws_the_same_tokens(model, monkeypatch, temperature):
-    """All that CUDA graphs ask of the decoder: no step depends on a new address or on a number of Python's."""
+    """What CUDA graphs ask of the decoder, as far as a CPU can tell: no step depends on a new address or on a number of Python's, or waits for one."""
     prompts, stop = random_prompts(13, 40, 27, 9, 22, 40, 13, 35, 5), [3]
     expected = sample(model, prompts, 4, 300, temperature, stop, seed=1, max_rows=12)
     assert max(len(c.ids) for row in expected for c in row) == 300 > 256  # the answers' buffers have grown, and some rows left early
@@ -214,6 +216,20 @@ def test_a_model_whose_forward_pass_is_another_is_refused_and_not_wrong(kind, ch
 def test_every_end_of_turn_token_ends_an_answer(toy):
     toy.model.generation_config.eos_token_id = [0]
     assert rearank.stop_ids(toy.model, toy.tokenizer) == [0, 1]  # the generation config's own, and the tokenizer's <|end|>
+
+
+def test_position_embeddings_that_change_with_the_length_are_refused():
+    with pytest.raises(InputError, match="dynamic position embeddings"):
+        Agent(tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}), None, [])
+
+
+def test_decoding_in_bfloat16_keeps_its_scores_in_float32():
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(1, 1, 4, 64), torch.randn(1, 1, 300, 64) + 20, torch.randn(1, 1, 300, 64)  # a bias all keys share: large scores
+    query, keys, values = (x.bfloat16() for x in (query.abs(), keys, values))
+    exact = F.scaled_dot_product_attention(query.double(), keys.double(), values.double())
+    out, _ = rearank.attend_part(query, keys, values, 64**-0.5)
+    assert (out - exact).norm() < 0.01 * exact.norm()
 
 
 def test_a_model_with_sliding_attention_is_refused():
