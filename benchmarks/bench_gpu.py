@@ -6,12 +6,15 @@
 Decoding: tokens per second after the prompt is encoded, as a share of the limit: the bytes that a step must read (weights, the prompt's keys and
 values once, the answers' own) over the bandwidth measured by a copy. Beside it, run in turn: the same without CUDA graphs, and transformers'
 generate(num_return_sequences=G). Step: sampling and update with their peak memory; where weights, gradients and moments exceed
-the card, the optimizer's state is in host memory. Fits: the largest group whose answers fit at each length, by trying.
+the card, the optimizer's state is in host memory (7B: 114 GiB of it). Fits: the largest group whose answers fit at each length, by trying.
+Where a command may only run for some minutes, name one size and part at a time: --sizes 7B --parts step --repeats 2. Times of sampling include
+the capturing of graphs, two for 512 new tokens; it is the best case of one group whose answers are all equally long.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import statistics
 import sys
@@ -59,7 +62,10 @@ class Settings:
 
 
 def build(size: str, device: torch.device) -> torch.nn.Module:
-    """A model of this shape with random weights, on the device."""
+    """A model of this shape with random weights, on the device, which nothing of an earlier one fills any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     torch.manual_seed(0)
     config = Qwen2Config(**SHAPES[size], max_position_embeddings=32768, pad_token_id=0, eos_token_id=0, bos_token_id=None)
     with torch.device(device):
@@ -67,9 +73,10 @@ def build(size: str, device: torch.device) -> torch.nn.Module:
 
 
 class Measure:
-    """Seconds and peak GPU memory over the baseline (MiB; 0 on a CPU) of what runs inside."""
+    """Seconds, peak GPU memory over the baseline and in all (MiB; 0 on a CPU) of what runs inside."""
 
     def __enter__(self):
+        self.base = 0
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -82,7 +89,8 @@ class Measure:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self.started
-        self.mib = (torch.cuda.max_memory_allocated() - self.base) / 2**20 if torch.cuda.is_available() else 0.0
+        self.peak_mib = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+        self.mib = self.peak_mib - self.base / 2**20
 
 
 def bandwidth(device: torch.device) -> float:
@@ -159,14 +167,13 @@ def bench_step(size: str, settings: Settings, device: torch.device) -> list[dict
         update.append(measure)
     optimizer.release()
     seconds = [statistics.median(m.seconds for m in part[1:]) for part in (sampling, update)]
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
     return [{"what": "step", "size": size, "peer": None, "ours_s": sum(seconds), "peer_s": None, "ratio": None, "ours_mib": max(m.mib for m in sampling + update),
-             "peer_mib": None, "repeats": settings.repeats, "sample_s": seconds[0], "update_s": seconds[1], "peak_mib_in_all": peak, "offload": offload}]
+             "peer_mib": None, "repeats": settings.repeats, "sample_s": seconds[0], "update_s": seconds[1], "peak_mib_in_all": max(m.peak_mib for m in sampling + update), "offload": offload}]
 
 
 @torch.inference_mode()
 def fits(model, settings: Settings, group: int, length: int) -> float | None:
-    """Peak memory in GB (1e9, weights included) of `group` answers of `length` tokens; None where it is too much. Takes only the last step."""
+    """Peak memory the allocator held, in GB (1e9, weights included), of `group` answers of `length` tokens; None where it is too much. Takes only the last step."""
     prompt = torch.randint(1, model.config.vocab_size, (1, settings.prompt)).tolist()
     try:
         with Measure():
@@ -174,7 +181,7 @@ def fits(model, settings: Settings, group: int, length: int) -> float | None:
             decoder.admit(prompt, group, torch.rand(group, length))
             decoder.ages, decoder.lengths[:group] = [length - 1] * group, length - 1
             decoder.step()
-        return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+        return torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else 0.0
     except torch.OutOfMemoryError:
         return None
 
@@ -210,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure what the command line asks for and print it."""
     settings = command_line(Settings, argv, __doc__)
     device = pick_device(settings.device)
-    if device.type == "cpu" and set(settings.sizes) != {"test"}:
+    if device.type != "cuda" and (device.type != "cpu" or set(settings.sizes) != {"test"}):
         raise InputError("no GPU here: bench_gpu.py measures on CUDA; on a CPU use --sizes test --device cpu --prompt 60 --new 20 --group 4")
     if not settings.json:
         card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -3,7 +3,8 @@
     python benchmarks/bench_grpo.py --size tiny          (about 2 minutes on 2 cores)
     python benchmarks/bench_grpo.py --size small         (about 10 minutes on 2 cores)
 
-Same model, same prompts, same group size, same reward (a function of the ids, so that neither side tokenizes). Ratios are peer / ours, the
+Same model, same prompts, same group size, same reward (a function of the ids, not of a text). Each side cuts its update as it comes: TRL takes the
+whole group as one batch of `per_device_train_batch_size` (smaller ones need less memory and accumulate), ours micro-batches of 384 answer tokens. Ratios are peer / ours, the
 median over pairs run in turn; memory is the peak over what a fresh process held before the call. Beside each
 ratio stands the estimated limit: the bytes and FLOPs that cannot be done without, over what this machine reaches in a plain sum and a
 plain matrix product. `ours_mib` and `peer_mib` include what torch allocates for itself in a first call.
@@ -44,7 +45,7 @@ class Settings:
     beta: list[float] = setting(lambda: [0.0, 0.04], "KL weights of the step.", nargs="+", type=float)
     only: str = setting("both", "Only one part.", choices=("both", "sample", "step"))
     threads: int = setting(1, "Threads for torch, ours and the peer's.")
-    side: str = setting("", "Make one call of this side only and print its peak memory in MiB.", choices=("", "ours", "peer"))
+    side: str = setting("", "Make one call of this side only and print its peak memory in MiB.", choices=("", "ours", "peer", "together"))
     json: bool = setting(False, "Print one JSON line a measure instead of the table.")
 
 
@@ -108,20 +109,23 @@ class Peak:
         self.mib = max(0, self.peak - self.base) / 2**20
 
 
-def in_turn(settings: Settings, only: str, beta: float, ours, peer) -> dict:
+def in_turn(settings: Settings, only: str, beta: float, ours, peer, name: str = "peer") -> dict:
     """Run both alternately after one warm-up each; medians of the times, and the median of the ratios of the pairs.
 
     Memory is that of a first call in a process of its own, since one that has already run keeps its heap. With --side set, this is
-    that process: it makes the one call, prints its peak and leaves.
+    that process: it makes the one call of this name, prints its peak and leaves.
     """
     if settings.side:
+        sides = {"ours": ours, name: peer}
+        if settings.side not in sides:
+            return {"ratio": 0.0}
         with Peak() as peak:
-            {"ours": ours, "peer": peer}[settings.side]()
+            sides[settings.side]()
         print(peak.mib)
         sys.exit(0)
     command = [sys.executable, __file__, "--size", settings.size, "--only", only, "--beta", str(beta), "--threads", str(settings.threads)]
     mib = [float(subprocess.run([*command, "--side", side], capture_output=True, text=True, check=True).stdout.split()[-1])
-           for side in ("ours", "peer")]
+           for side in ("ours", name)]
     ours(), peer()
     pairs = []
     for _ in range(settings.repeats):
@@ -168,7 +172,7 @@ def bench_sample(size: Size, settings: Settings) -> dict:
     seen = {}
 
     def ours():
-        answers = sample(model, prompts.tolist(), size.group, size.new, 1.0, [END], seed=0, max_rows=size.group * size.prompts)
+        answers = sample(model, prompts.tolist(), size.group, size.new, 1.0, [END], seed=0, max_rows=64)
         lengths = [len(c.ids) for row in answers for c in row]
         seen["lengths"] = lengths
 
@@ -178,7 +182,7 @@ def bench_sample(size: Size, settings: Settings) -> dict:
 
     one_by_one = in_turn(settings, "sample", 0.0, ours, lambda: [generate(p[None]) for p in prompts])
     if size.prompts > 1:
-        together = in_turn(settings, "sample", 0.0, ours, lambda: generate(prompts))
+        together = in_turn(settings, "sample", 0.0, ours, lambda: generate(prompts), "together")
         if together["ratio"] < one_by_one["ratio"]:
             one_by_one = together | {"note": "all prompts in one call"}
     limit = limit_seconds(size, model, size.prompts, seen["lengths"])
