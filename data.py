@@ -72,7 +72,8 @@ def command_line(settings: type, argv: list[str] | None = None, description: str
 
     Booleans become --a-b / --no-a-b. An argument that does not fit ends the program with status 2 and one line.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.print_usage = lambda file=None: None  # an error is one line; --help has the rest
     bounds = {}
     for field in dataclasses.fields(settings):

@@ -45,8 +45,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from data import (TOY_CONCEPTS, TOY_GRADES, InputError, Instance, atomic_write, command_line, expand, read_candidates, read_instances, read_qrels,
-                  read_run, run_main, setting, toy_answer, toy_task, training_pool, write_candidates, write_qrels, write_run)
+from data import (TOY_CONCEPTS, TOY_GRADES, InputError, Instance, atomic_write, command_line, expand, read_candidates, read_instances,
+                  read_qrels, read_run, run_main, setting, toy_answer, toy_task, training_pool, write_candidates, write_qrels, write_run)
 from eval import bootstrap_interval, evaluate
 from rearank import (PROMPTS, Agent, Completion, EncodedPrompts, Reranker, encode_prompt, encode_prompts, forward, load_agent, sample,
                      token_mask)
@@ -142,7 +142,8 @@ class AttentionInParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, prompt_keys, prompt_values, parts, scaling):
-        """query, key, value [B, H, T, D]; prompt_keys, prompt_values [S, K, P, D]; parts: (prompt, its rows, its length), ... -> [B, H, T, D]"""
+        """query, key, value [B, H, T, D]; prompt_keys, prompt_values [S, K, P, D]; parts: (prompt, its rows, its length), ...; returns
+        [B, H, T, D]."""
         ctx.parts, ctx.scaling, K = parts, scaling, prompt_keys.shape[1]
         own, own_lse = AttentionInParts.run(query, key, value, 0.0, True, scale=scaling)
         out, lse = torch.empty_like(own), torch.empty_like(own_lse)  # of the prompt's part, then of the whole
@@ -313,7 +314,8 @@ class Settings:
     window: int = setting(20, "Passages drawn for a training instance.", least=2)
     draws: int = setting(100, "Draws a query in the initial state expansion.", least=1)
     order: str = setting("retrieval", "Initial order of a draw.", choices=("retrieval", "shuffled"))
-    keep: str = setting("initial", "Which draws are kept: by initial NDCG@10, by best possible, or all.", choices=("initial", "best", "all"))
+    keep: str = setting("initial", "Which draws are kept: by initial NDCG@10, by best possible, or all.",
+                        choices=("initial", "best", "all"))
     min_ndcg: float = setting(0.1, "The least NDCG@10 of a draw that is kept.")
     max_new_tokens: int = setting(2048, "Longest rollout.", least=1)
     max_prompt_tokens: int = setting(4096, "Longer prompts are made to fit.", least=1)
@@ -445,7 +447,8 @@ def sample_rollouts(agent: Agent, instances: list[Instance], settings: Settings,
     prompts = [encode_prompt(agent.tokenizer, x.query, x.texts, settings.prompt, settings.max_prompt_tokens) for x in instances]
     with tqdm(total=len(prompts) * settings.group, desc=f"step {step} sampling", unit="answer", leave=False) as bar:
         groups = sample(agent.model, prompts, settings.group, settings.max_new_tokens, settings.temperature, agent.stop_ids,
-                        seed=settings.seed * 1_000_003 + step, max_rows=settings.max_rows, progress=bar.update, cuda_graphs=settings.cuda_graphs)
+                        seed=settings.seed * 1_000_003 + step, max_rows=settings.max_rows, progress=bar.update,
+                        cuda_graphs=settings.cuda_graphs)
     completions = [c for group in groups for c in group]
     texts = [agent.decode(c) for c in completions]
     scheme = "normalized" if settings.reward == "random" else settings.reward
@@ -499,7 +502,8 @@ def grpo_step(agent: Agent, reference, optimizer: MasterAdamW, instances: list[I
     update = update_policy(agent, reference, optimizer, rollouts, rewards, lr, settings)
     if not math.isfinite(update["loss"]) or not math.isfinite(update["grad_norm"]):
         raise SystemExit(f"step {step}: loss {update['loss']}, gradient norm {update['grad_norm']}: not finite. "
-                         "Weights after a gradient that is not finite are left as they were. Lower --lr, or look at the newest rollouts in samples.txt.")
+                         "Weights after a gradient that is not finite are left as they were. Lower --lr, or look at the newest rollouts "
+                         "in samples.txt.")
     row = {"step": step, **rollout_statistics(rollouts, rewards), **update, "lr": lr, "seconds": time.perf_counter() - started}
     row["peak_mib"] = peak_mib()
     return row, rollouts
@@ -558,7 +562,8 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
                 loss += float(part.detach())
                 return part
 
-            through_groups(agent.model, prompts, answers, loss_of, True, settings.answer_tokens, settings.prompt_tokens, checkpointing=settings.checkpointing)
+            through_groups(agent.model, prompts, answers, loss_of, True, settings.answer_tokens, settings.prompt_tokens,
+                           checkpointing=settings.checkpointing)
             optimizer.step(learning_rate(step, steps, lr, max(1, steps // 20), decay=True), settings.grad_clip)
             if not math.isfinite(loss):
                 raise SystemExit(f"{title}, step {step}: the loss is {loss}; lower --sft-lr")
@@ -571,8 +576,8 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
 # The run folder
 
 
-COLUMNS = ("step", "reward", "ndcg", "ndcg_init", "ndcg_best", "reward_std", "rank", "format1", "format2", "permutations", "identity", "flat_groups",
-           "length", "cut", "kl", "entropy", "grad_norm", "lr", "loss", "tokens_per_s", "seconds", "peak_mib")
+COLUMNS = ("step", "reward", "ndcg", "ndcg_init", "ndcg_best", "reward_std", "rank", "format1", "format2", "permutations", "identity",
+           "flat_groups", "length", "cut", "kl", "entropy", "grad_norm", "lr", "loss", "tokens_per_s", "seconds", "peak_mib")
 
 
 class RunFolder:
@@ -596,9 +601,9 @@ class RunFolder:
             if new:
                 writer.writeheader()
             writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-        tqdm.write("step {step:4d}  reward {reward:+.3f}  NDCG@10 {ndcg:.3f} (given {ndcg_init:.3f}, best {ndcg_best:.3f})  in-group std {reward_std:.2f}  "
-                   "full {permutations:.0%}  flat {flat_groups:.0%}  length {length:.0f}  cut {cut:.0%}  kl {kl:.4f}  "
-                   "entropy {entropy:.2f}  {tokens_per_s:.0f} tok/s  {seconds:.1f} s".format(**row))
+        tqdm.write("step {step:4d}  reward {reward:+.3f}  NDCG@10 {ndcg:.3f} (given {ndcg_init:.3f}, best {ndcg_best:.3f})  "
+                   "in-group std {reward_std:.2f}  full {permutations:.0%}  flat {flat_groups:.0%}  length {length:.0f}  "
+                   "cut {cut:.0%}  kl {kl:.4f}  entropy {entropy:.2f}  {tokens_per_s:.0f} tok/s  {seconds:.1f} s".format(**row))
 
     def write_samples(self, step: int, rollouts: Rollouts, group: int) -> None:
         """Append two whole rollouts of the step's first prompt, the best and the worst rewarded, to samples.txt, and print them."""
@@ -675,10 +680,12 @@ def batch_of(instances: list[Instance], step: int, settings: Settings) -> list[I
     return [instances[i] for i in order[first:first + B]]
 
 
-def train(agent: Agent, instances: list[Instance], settings: Settings, folder: RunFolder, measure: Callable[[Rollouts], dict] | None = None) -> None:
+def train(agent: Agent, instances: list[Instance], settings: Settings, folder: RunFolder,
+          measure: Callable[[Rollouts], dict] | None = None) -> None:
     """GRPO for settings.steps steps. `measure` adds columns to the log. Ctrl-C saves the checkpoint and the state before it leaves."""
     if not instances:
-        raise InputError("no training instance is left: check that candidates and judgements share query ids, or loosen --keep and --min-ndcg")
+        raise InputError("no training instance is left: check that candidates and judgements share query ids, or loosen --keep and "
+                         "--min-ndcg")
     needs_reference = settings.beta > 0 or settings.log_kl
     reference = copy.deepcopy(agent.model).requires_grad_(False) if needs_reference else None
     optimizer = MasterAdamW(list(agent.model.parameters()), settings.weight_decay, settings.offload)
@@ -736,7 +743,8 @@ def check_training_memory(model, settings: Settings) -> None:
     free = torch.cuda.mem_get_info(model.device)[0] + count * size
     if needed > free:
         raise InputError(f"training needs {needed / 2**30:.0f} GiB before any activation and the GPU has {free / 2**30:.0f}: pass --offload"
-                         + (" and --beta 0" if settings.offload and settings.beta else "") + " (and --checkpointing), or use a smaller model")
+                         + (" and --beta 0" if settings.offload and settings.beta else "")
+                         + " (and --checkpointing), or use a smaller model")
 
 
 def train_model(settings: Settings) -> int:
@@ -748,7 +756,8 @@ def train_model(settings: Settings) -> int:
     if (Path(settings.out) / "state").exists() and not settings.resume:
         raise InputError(f"{settings.out} holds an earlier run: pass --resume to go on with it, or another --out")
     if settings.resume and settings.sft_steps:
-        raise InputError("--resume goes on with GRPO only: to start it from a supervised checkpoint, pass that as --model, without --sft-steps")
+        raise InputError("--resume goes on with GRPO only: to start it from a supervised checkpoint, pass that as --model, without "
+                         "--sft-steps")
     check_training_memory(agent.model, settings)
     folder = RunFolder(settings)
     if settings.sft_steps:
@@ -788,7 +797,8 @@ def toy_agent(seed: int) -> Agent:
 
 
 def toy_lessons(agent: Agent, settings: ToySettings, curriculum: bool = True) -> Iterator[list[tuple[list[int], list[int]]]]:
-    """The warm start's lessons: with `curriculum` windows of 3 for the first 40 % of the steps, then of settings.window passages, as many passages in each batch.
+    """The warm start's lessons: windows of settings.window passages, with `curriculum` of 3 for the first 40 % of the steps; as many
+    passages in each batch.
 
     The teacher grades every passage rightly, but only some of its orders (settings.teacher_graded) use the grades; the others merely put
     relevant before irrelevant. That is what reinforcement can add to: more of these lessons cannot.
@@ -797,8 +807,9 @@ def toy_lessons(agent: Agent, settings: ToySettings, curriculum: bool = True) ->
     for step in itertools.count():
         size = 3 if curriculum and step < 0.4 * settings.sft_steps else settings.window
         candidates, _ = toy_task(384 // size, size, seed=rng.randrange(2**40))
-        yield [(encode_prompt(agent.tokenizer, c.query, c.texts, settings.prompt),
-                agent.tokenizer(toy_answer(c.query, c.texts, graded=rng.random() < settings.teacher_graded))["input_ids"] + end) for c in candidates]
+        answers = [toy_answer(c.query, c.texts, graded=rng.random() < settings.teacher_graded) for c in candidates]
+        yield [(encode_prompt(agent.tokenizer, c.query, c.texts, settings.prompt), agent.tokenizer(answer)["input_ids"] + end)
+               for c, answer in zip(candidates, answers)]
 
 
 def toy_trace_statistics(rollouts: Rollouts) -> dict[str, float]:
@@ -847,7 +858,8 @@ def toy_run(settings: ToySettings) -> int:
     """Warm start, control, GRPO, exam: the whole project in a few minutes on a CPU. Writes summary.json."""
     started, folder = time.time(), RunFolder(settings)
     agent, exam = toy_agent(settings.seed), ToyExam(settings, folder.path)
-    print(f"toy run, seed {settings.seed}: {agent.model.num_parameters():,} parameters, windows of {settings.window} passages, no downloads")
+    print(f"toy run, seed {settings.seed}: {agent.model.num_parameters():,} parameters, windows of {settings.window} passages, "
+          "no downloads")
     supervised(agent, toy_lessons(agent, settings), settings.sft_steps, settings.sft_lr, settings, "warm start")
     taken = {"first_stage": exam.take(None, "first_stage"), "warm_start": exam.take(agent, "warm_start")}
     long = {"first_stage": exam.take(None, "first_stage", "long"), "warm_start": exam.take(agent, "warm_start", "long")}
@@ -895,7 +907,8 @@ def toy_table(taken: dict[str, list[float]], long: dict[str, list[float]], summa
     lines += [f"  {titles[name]:40} {{:.3f}}   {{:.3f}} - {{:.3f}}".format(*bootstrap_interval(values)) for name, values in long.items()]
     return "\n".join(lines + [
         f"{summary['seconds']:.0f} s. Everything is in {folder}/: log.csv, samples.txt, checkpoint/, TREC runs, summary.json. Next:",
-        f"  python rearank.py --model {folder}/checkpoint --prompt toy {slide} --max-new-tokens {settings.max_new_tokens} --input {folder}/long.jsonl --output {folder}/again.trec",
+        f"  python rearank.py --model {folder}/checkpoint --prompt toy {slide} --max-new-tokens {settings.max_new_tokens} "
+        f"--input {folder}/long.jsonl --output {folder}/again.trec",
         f"  python eval.py {folder}/long.qrels {folder}/long.first_stage.trec {folder}/again.trec"])
 
 

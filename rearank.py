@@ -1,7 +1,8 @@
 """REARANK, the agent: a language model that reads a window of passages, thinks, and answers a better order.
 
     python rearank.py --model le723z/Rearank-7B --input candidates.jsonl --output reranked.trec
-    python rearank.py --model runs/toy/checkpoint --prompt toy --window 6 --step 3 --max-new-tokens 64 --input runs/toy/long.jsonl --output long.trec
+    python rearank.py --model runs/toy/checkpoint --prompt toy --window 6 --step 3 --max-new-tokens 64 \\
+        --input runs/toy/long.jsonl --output long.trec
 
 From top to bottom: the prompts; the forward pass; decoding over a shared prompt, and sampling; loading a model; the sliding
 window; `Reranker`, which joins them; the command line.
@@ -134,7 +135,8 @@ def encode_prompt(tokenizer, query: str, passages: list[str], prompt: str = "rea
 # The forward pass, over the modules that transformers has loaded. It is written out because attention is the caller's: all
 # answers of a group read one copy of their prompt's keys and values, wherever the caller keeps it.
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, query [B, H, T, D], key, value [B, K, T, D], scaling -> [B, H, T, D]
+# layer, query [B, H, T, D], key, value [B, K, T, D], scaling -> [B, H, T, D]
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def forward(model, ids: Tensor, positions: Tensor, attend: Attend, only: Tensor | None = None, checkpointing: bool = False) -> Tensor:
@@ -191,7 +193,8 @@ class PromptMemory:
         self.values.setdefault(layer, value)
         last = query.shape[2] < key.shape[2]  # one query a prompt, that of its last token: it sees the whole prompt and no padding
         mask = token_mask(self.lengths, key.shape[2])[:, None, None] if last else None
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=not last, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=not last, scale=scaling,
+                                              enable_gqa=query.shape[1] != key.shape[1])
 
 
 def token_mask(lengths: Tensor, width: int) -> Tensor:
@@ -230,7 +233,7 @@ def attend_part(query: Tensor, keys: Tensor, values: Tensor, scaling: float, bia
     query [B, K, n, D]; keys, values [B, K, P, D]; bias, -inf at places out of sight, broadcasts to [B, K, n, P]. Returns the
     output [B, K, n, D] and the logarithm of the softmax's normaliser [B, K, n, 1], both float32.
     """
-    if query.is_cuda and query.dtype != torch.float32:  # half factors, float32 products: rounded to bfloat16, large scores would be off by whole units
+    if query.is_cuda and query.dtype != torch.float32:  # half factors, float32 products: large scores in bfloat16 are off by whole units
         scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32).unflatten(0, query.shape[:2])
         scores *= scaling  # [B, K, n, P]
     else:
@@ -274,9 +277,9 @@ class Decoder:
     prompt's part is one matrix product a prompt, [G rows x D] @ [D x P], where a cache expanded to the rows would be read R times.
 
     Keys, values and state live in buffers with room for more; who leaves is overwritten by who stands last. So nothing but
-    a buffer that grows is copied whole, and a step finds everything at the addresses of the step before. That is what a CUDA graph needs: with
-    `graphs`, shapes are rounded up to a few and each is captured once and then replayed, for at a few dozen rows a GPU
-    would otherwise wait for Python. Rounding adds rows and places that nobody reads; it changes no token.
+    a buffer that grows is copied whole, and a step finds everything at the addresses of the step before. That is what a CUDA
+    graph needs: with `graphs`, shapes are rounded up to a few and each is captured once and then replayed, for at a few dozen
+    rows a GPU would otherwise wait for Python. Rounding adds rows and places that nobody reads; it changes no token.
     """
 
     def __init__(self, model, max_rows: int, prompt_width: int, max_new_tokens: int, temperature: float = 1.0, graphs: bool = False):
@@ -299,7 +302,7 @@ class Decoder:
     # --- prompts and rows come and go
 
     def admit(self, prompts: Sequence[Sequence[int]], group: int, uniforms: Tensor) -> Tensor:
-        """Encode prompts and begin `group` answers to each, whose random numbers are uniforms [S * G, T]. Returns their first tokens [S * G]."""
+        """Encode prompts, begin `group` answers to each, with random numbers uniforms [S * G, T]. Returns their first tokens [S * G]."""
         encoded = encode_prompts(self.model, prompts)
         R, S, width = len(self.owner), len(self.prompts), encoded.keys[0].shape[2]
         owner = torch.arange(len(prompts), device=self.device).repeat_interleave(group)
@@ -346,7 +349,8 @@ class Decoder:
         """Buffers large enough for the prompts there are."""
         K, D, room = like.shape[1], like.shape[3], power_of_two(len(self.prompts))
         if not self.own:
-            self.own = [like.new_zeros(2, len(self.tokens), K, min(256 if self.graphs else 64, self.answer_width), D) for _ in range(layers)]
+            width = min(256 if self.graphs else 64, self.answer_width)
+            self.own = [like.new_zeros(2, len(self.tokens), K, width, D) for _ in range(layers)]
             self.shared = [like.new_zeros(2, 0, K, self.prompt_width, D) for _ in range(layers)]
         if room > len(self.prompt_lengths):
             for layer in range(layers):  # one at a time: all of them twice would be a great deal of memory
@@ -354,9 +358,10 @@ class Decoder:
             self.prompt_lengths = self.grown(self.prompt_lengths, 0, room)
 
     def grown(self, x: Tensor, dim: int, size: int) -> Tensor:
-        """x with room for `size` in `dim`, filled with ones (a prompt of length 0 would make NaN). Its address is new: what was captured is void."""
+        """x with room for `size` in `dim`, filled with ones (a prompt of length 0 would make NaN). Its address is new: what was captured is
+        void, and the memory of those graphs ends with them."""
         self.replays.clear()
-        self.pool = torch.cuda.graph_pool_handle() if self.graphs and self.device.type == "cuda" else None  # the old one ends with its graphs
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs and self.device.type == "cuda" else None
         return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, size - x.shape[dim]], value=1)
 
     def arrange(self) -> None:
@@ -416,8 +421,9 @@ class Decoder:
         R, lengths = self.R, self.lengths[:self.R]
         self.rows = torch.arange(R, device=self.device)
         # Where all are of one length no mask is needed. A captured step must do for all lengths.
-        self.own_bias = None if not self.graphs and min(self.ages) + 1 == self.width else self.bias(lengths + 1, self.width)
-        self.prompt_bias = None if not self.graphs and min(self.prompts) == self.reach else self.bias(self.prompt_lengths[:self.S], self.reach)
+        even, even_prompts = not self.graphs and min(self.ages) + 1 == self.width, not self.graphs and min(self.prompts) == self.reach
+        self.own_bias = None if even else self.bias(lengths + 1, self.width)
+        self.prompt_bias = None if even_prompts else self.bias(self.prompt_lengths[:self.S], self.reach)
         hidden = forward(self.model, self.tokens[:R, None], (self.starts[:R] + lengths)[:, None], self.attend)
         return self.model.lm_head(hidden[:, 0])
 
@@ -443,7 +449,8 @@ class Decoder:
         (own_keys, own_values), (prompt_keys, prompt_values) = self.own[layer], self.shared[layer]
         self.own[layer][:, self.rows, :, self.lengths[:R]] = torch.cat([key, value], 2).transpose(1, 2)  # [R, 2, K, D]
         query, S, reach, width = query.reshape(R, K, n, D), self.S, self.reach, self.width
-        prompt, prompt_norm = attend_part(self.to_slots(query), prompt_keys[:S, :, :reach], prompt_values[:S, :, :reach], scaling, self.prompt_bias)
+        prompt, prompt_norm = attend_part(self.to_slots(query), prompt_keys[:S, :, :reach], prompt_values[:S, :, :reach], scaling,
+                                          self.prompt_bias)
         own, own_norm = attend_part(query, own_keys[:R, :, :width], own_values[:R, :, :width], scaling, self.own_bias)
         share = torch.sigmoid(self.to_rows(prompt_norm, n) - own_norm)  # of the whole softmax that lies on the prompt, [R, K, n, 1]
         return torch.lerp(own, self.to_rows(prompt, n), share).to(value.dtype).view(R, H, 1, D)
@@ -538,8 +545,8 @@ def check_architecture(config) -> None:
     """InputError unless every layer attends to everything before it: a sliding or recurrent layer cannot share a prompt so."""
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type not in ("qwen2", "qwen3", "llama", "mistral") or rope in ("dynamic", "longrope"):
-        raise InputError(f"{config.model_type} with {rope} position embeddings: only Qwen2, Qwen3, Llama and Mistral are supported, with embeddings "
-                         "that do not change with the length of the text")
+        raise InputError(f"{config.model_type} with {rope} position embeddings: only Qwen2, Qwen3, Llama and Mistral are supported, "
+                         "with embeddings that do not change with the length of the text")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
         raise InputError(f"{config.model_type}: layers of kind {', '.join(sorted(kinds))} with a window of "
@@ -609,8 +616,8 @@ def check_shared_prompt(name: str, model) -> None:
         ours = torch.cat([model.lm_head(encoded.last_hidden), decoder.next_logits()]).float()
         same = (ours - own).abs().max() <= (1e-3 if model.dtype == torch.float32 else 0.1) * own.abs().max().clamp(min=1)
     except (AttributeError, TypeError, RuntimeError) as error:
-        raise InputError(f"--model {name}: {model.config.model_type} cannot share a prompt's keys and values ({str(error).splitlines()[0]}); "
-                         "Qwen2, Qwen3, Llama and Mistral can") from None
+        raise InputError(f"--model {name}: {model.config.model_type} cannot share a prompt's keys and values "
+                         f"({str(error).splitlines()[0]}); Qwen2, Qwen3, Llama and Mistral can") from None
     if not same:
         raise InputError(f"--model {name}: {model.config.model_type} does something to its logits or its attention that sharing a prompt "
                          "leaves out; Qwen2, Qwen3, Llama and Mistral can be used")

@@ -91,7 +91,8 @@ def main() -> None:
         if args.json:
             print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}), flush=True)
             continue
-        print(f"{size:8s}  {row['ours_s']:7.2f} s  {row['peer_s']:9.2f} s  {row['ratio']:5.2f}  {row['ours_mib']:5.0f}  {row['peer_mib']:5.0f}  "
+        print(f"{size:8s}  {row['ours_s']:7.2f} s  {row['peer_s']:9.2f} s  {row['ratio']:5.2f}  {row['ours_mib']:5.0f}  "
+              f"{row['peer_mib']:5.0f}  "
               f"(ours: {row['ours_wall_s']:.2f} s on the clock, {row['ours_peak_mib']:.0f} MiB with Python and numpy)", flush=True)
 
 

@@ -1,13 +1,13 @@
 """Sampling and a full GRPO step beside the frameworks', in one process, in turn: transformers' generate and trl.GRPOTrainer.
 
-    python benchmarks/bench_grpo.py --size tiny          (about 2 minutes on 2 cores)
-    python benchmarks/bench_grpo.py --size small         (about 10 minutes on 2 cores)
+    python benchmarks/bench_grpo.py --size tiny          (about 3 minutes on 2 cores)
+    python benchmarks/bench_grpo.py --size small         (about 45 minutes on 2 cores)
 
-Same model, same prompts, same group size, same reward (a function of the ids, not of a text). Each side cuts its update as it comes: TRL takes the
-whole group as one batch of `per_device_train_batch_size` (smaller ones need less memory and accumulate), ours micro-batches of 384 answer tokens. Ratios are peer / ours, the
-median over pairs run in turn; memory is the peak over what a fresh process held before the call. Beside each
-ratio stands the estimated limit: the bytes and FLOPs that cannot be done without, over what this machine reaches in a plain sum and a
-plain matrix product. `ours_mib` and `peer_mib` include what torch allocates for itself in a first call.
+Same model, same prompts, same group size, same reward (a function of the ids, not of a text). Each side cuts its update as it comes: TRL
+takes the whole group as one batch of `per_device_train_batch_size` (smaller ones need less memory and accumulate), ours micro-batches of
+384 answer tokens. Ratios are peer / ours, the median over pairs run in turn; memory is the peak over what a fresh process held before the
+call, what torch allocates for itself in a first call included. Beside each ratio stands the estimated limit: the bytes and FLOPs that
+cannot be done without, over what this machine reaches in a plain sum and a plain matrix product.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Size:
-    """Model shape and lengths: prompts of `prompt` tokens, answers of up to `new`, `group` answers in sampling, `step_group` in the step."""
+    """Model shape and lengths: prompts of `prompt` tokens, answers of up to `new`; `group` of them in sampling, `step_group` in a step."""
 
     config: dict
     prompt: int
@@ -74,7 +74,8 @@ END = 2
 def build(size: Size) -> torch.nn.Module:
     """A random model whose answers end, on average, at about half of the longest length: its end token gets the right share."""
     torch.manual_seed(0)
-    config = Qwen2Config(**size.config, max_position_embeddings=4096, initializer_range=0.02, pad_token_id=END, eos_token_id=END, bos_token_id=None)
+    config = Qwen2Config(**size.config, max_position_embeddings=4096, initializer_range=0.02, pad_token_id=END, eos_token_id=END,
+                         bos_token_id=None)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     with torch.no_grad():  # logits near 0 but for the end token, whose probability must be about 2 / longest
         model.lm_head.weight.mul_(0.1)
@@ -140,8 +141,8 @@ def in_turn(settings: Settings, only: str, beta: float, ours, peer, name: str = 
 
 
 def limit_seconds(size: Size, model: torch.nn.Module, prompts: int, answers: list[int], passes: int = 0) -> float:
-    """The least time this machine could take for answers of these lengths to `prompts` prompts, and for `passes` forward passes more over all tokens
-    (a backward pass counts as two): FLOPs over the measured matmul peak; decoding also no less than its bytes over the measured bandwidth."""
+    """The least time this machine could take for answers of these lengths to `prompts` prompts, and for `passes` forward passes more over
+    all tokens (a backward pass counts as two): FLOPs over the measured matmul peak; decoding no less than its bytes over the bandwidth."""
     a = torch.randn(1024, 1024)
     started = time.perf_counter()
     for _ in range(10):
@@ -156,17 +157,19 @@ def limit_seconds(size: Size, model: torch.nn.Module, prompts: int, answers: lis
     config, count = model.config, lambda module: sum(p.numel() for p in module.parameters())
     layers, last = [count(layer) for layer in model.model.layers], model.model.layers[-1]
     decode_weights = sum(layers) + model.lm_head.weight.numel()
-    prompt_weights = sum(layers[:-1]) + count(last.self_attn.k_proj) + count(last.self_attn.v_proj)  # the last layer answers at one place only
+    # A prompt's last layer answers at one place only.
+    prompt_weights = sum(layers[:-1]) + count(last.self_attn.k_proj) + count(last.self_attn.v_proj)
     place = 4 * config.num_hidden_layers * config.hidden_size  # FLOPs of one token's attention to one place
     prompt_flops = prompts * size.prompt * (2 * prompt_weights + place * size.prompt / 2)
     answer_flops = sum(n * (2 * decode_weights + place * (size.prompt + n / 2)) for n in answers)
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads * size.prompt * prompts
+    head = config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * size.prompt * prompts
     decoding = max(answer_flops / flops_per_s, max(answers) * 4 * (decode_weights + cache) / bytes_per_s)
     return decoding + (prompt_flops + passes * (prompt_flops + answer_flops)) / flops_per_s
 
 
-def bench_sample(size: Size, settings: Settings) -> dict:
-    """`sample` against generate(num_return_sequences=group), which is called once for each prompt and once for all together: the faster counts."""
+def bench_sample(size: Size, settings: Settings) -> list[dict]:
+    """`sample` against generate(num_return_sequences=group): called for each prompt (leaner) and for all at once (faster), a row each."""
     model = build(size)
     prompts = torch.randint(3, size.config["vocab_size"], (size.prompts, size.prompt), generator=torch.Generator().manual_seed(0))
     seen = {}
@@ -180,13 +183,13 @@ def bench_sample(size: Size, settings: Settings) -> dict:
         return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                               max_new_tokens=size.new, num_return_sequences=size.group)
 
-    one_by_one = in_turn(settings, "sample", 0.0, ours, lambda: [generate(p[None]) for p in prompts])
+    peers = {"peer": ("generate, a prompt a call", lambda: [generate(p[None]) for p in prompts])}
     if size.prompts > 1:
-        together = in_turn(settings, "sample", 0.0, ours, lambda: generate(prompts), "together")
-        if together["ratio"] < one_by_one["ratio"]:
-            one_by_one = together | {"note": "all prompts in one call"}
+        peers["together"] = ("generate, all in one", lambda: generate(prompts))
+    rows = [{"what": "sample", "size": settings.size, "peer": title, **in_turn(settings, "sample", 0.0, ours, call, side)}
+            for side, (title, call) in peers.items()]
     limit = limit_seconds(size, model, size.prompts, seen["lengths"])
-    return {"what": "sample", "size": settings.size, "peer": "transformers.generate", **one_by_one, "limit_s": limit}
+    return [row | {"limit_s": limit} for row in rows]
 
 
 def reward_of_ids(ids: list[int]) -> float:
@@ -196,11 +199,13 @@ def reward_of_ids(ids: list[int]) -> float:
 
 def bench_step(size: Size, settings: Settings, beta: float) -> dict:
     """One whole step (sample, reward, advantage, reference, loss, backward, AdamW) against trl.GRPOTrainer's training_step."""
-    prompts = torch.randint(3, size.config["vocab_size"], (size.step_prompts, size.prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, size.config["vocab_size"], (size.step_prompts, size.prompt), generator=generator).tolist()
     mine, theirs = build(size), build(size)
     reference = build(size) if beta else None
     optimizer = grpo.MasterAdamW([p for p in mine.parameters() if p.requires_grad])
-    options = grpo.ToySettings(group=size.step_group, beta=beta, answer_tokens=384)  # short micro-batches of like length: little padding, little memory
+    # Short micro-batches of like length: little padding, little memory.
+    options = grpo.ToySettings(group=size.step_group, beta=beta, answer_tokens=384)
     agent, steps, seen = Agent(mine, None, [END]), iter(range(10**6)), {}
 
     def ours():
@@ -227,13 +232,14 @@ def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
     core.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=f"w{END}", pad_token=f"w{END}", padding_side="left")
     folder = tempfile.mkdtemp()
-    config = trl.GRPOConfig(output_dir=folder, per_device_train_batch_size=size.step_group * len(prompts), num_generations=size.step_group,
-                        max_completion_length=size.new, beta=0.0, temperature=1.0, learning_rate=1e-6, max_grad_norm=1.0, report_to=[],
-                        use_cpu=True, bf16=False, logging_steps=10**6, save_strategy="no", disable_tqdm=True, num_iterations=1, loss_type="grpo",
-                        gradient_checkpointing=False, lr_scheduler_type="constant", max_steps=10**6, top_k=0, top_p=1.0)
+    config = trl.GRPOConfig(
+        output_dir=folder, per_device_train_batch_size=size.step_group * len(prompts), num_generations=size.step_group,
+        max_completion_length=size.new, beta=0.0, temperature=1.0, top_k=0, top_p=1.0, learning_rate=1e-6, lr_scheduler_type="constant",
+        max_grad_norm=1.0, loss_type="grpo", num_iterations=1, max_steps=10**6, use_cpu=True, bf16=False, gradient_checkpointing=False,
+        report_to=[], save_strategy="no", logging_steps=10**6, disable_tqdm=True)
     rows = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in p) for p in prompts]})
-    trainer = trl.GRPOTrainer(model=model, reward_funcs=lambda completion_ids, **_: [reward_of_ids(ids) for ids in completion_ids], args=config,
-                          train_dataset=rows, processing_class=tokenizer)
+    trainer = trl.GRPOTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer,
+                              reward_funcs=lambda completion_ids, **_: [reward_of_ids(ids) for ids in completion_ids])
     trainer.create_optimizer_and_scheduler(10**6)
     batch = [{"prompt": row} for row in rows["prompt"] for _ in range(size.step_group)]
     trainer.model.train()
@@ -262,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(settings.threads)
     size, rows = SIZES[settings.size], []
     if settings.only in ("both", "sample"):
-        rows.append(bench_sample(size, settings))
+        rows += bench_sample(size, settings)
     if settings.only in ("both", "step"):
         rows += [bench_step(size, settings, beta) for beta in settings.beta]
     for row in rows:
@@ -270,8 +276,9 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(row))
         else:
             what = row["what"] + (f", beta {row['beta']}" if "beta" in row else "")
-            print(f"{what:16} {row['size']:5} ours {row['ours_s']:7.2f} s {row['ours_mib']:6.0f} MiB   {row['peer']:22} {row['peer_s']:7.2f} s "
-                  f"{row['peer_mib']:6.0f} MiB   {row['ratio']:5.1f} x faster, memory 1/{row['peer_mib'] / max(row['ours_mib'], 1):.1f}   limit {row['limit_s']:.2f} s")
+            print(f"{what:16} {row['size']:5} ours {row['ours_s']:7.2f} s {row['ours_mib']:6.0f} MiB   "
+                  f"{row['peer']:25} {row['peer_s']:7.2f} s {row['peer_mib']:6.0f} MiB   {row['ratio']:5.1f} x faster, "
+                  f"memory 1/{row['peer_mib'] / max(row['ours_mib'], 1):.1f}   limit {row['limit_s']:.2f} s")
     return 0
 
 

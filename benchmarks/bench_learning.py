@@ -3,9 +3,9 @@
     python benchmarks/bench_learning.py                  (about 20 minutes on 2 cores; writes learning_curves.csv and .png beside this file)
     python benchmarks/bench_learning.py --plot-only      (draws and judges the curves of the CSV that is there)
 
-For each seed the toy model is warm-started once; both loops begin from those weights, with the same pool of windows, reward, prompts per step,
-group, learning rate (constant), AdamW, clipping, temperature and number of steps. What differs is what must: the random numbers of sampling, the order
-of the pool, and TRL's 1e-4 under the fraction where we treat a flat group as flat.
+For each seed the toy model is warm-started once; both loops begin from those weights, with the same pool of windows, reward, prompts per
+step, group, learning rate (constant), AdamW, clipping, temperature and number of steps. What differs is what must: the random numbers of
+sampling, the order of the pool, and TRL's 1e-4 under the fraction where we treat a flat group as flat.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Settings:
 
 def toy_settings(settings: Settings, seed: int) -> grpo.ToySettings:
     """The toy run's settings with what this comparison changes."""
-    return dataclasses.replace(grpo.ToySettings(), seed=seed, steps=settings.steps, prompts_per_step=settings.prompts_per_step, group=settings.group,
-                               lr=settings.lr, warmup=0, decay=False, beta=0.0, sft_steps=settings.sft_steps)
+    return dataclasses.replace(grpo.ToySettings(), seed=seed, steps=settings.steps, prompts_per_step=settings.prompts_per_step,
+                               group=settings.group, lr=settings.lr, warmup=0, decay=False, beta=0.0, sft_steps=settings.sft_steps)
 
 
 def warm_start(options: grpo.ToySettings) -> tuple[Agent, list[Instance]]:
@@ -88,13 +88,14 @@ def trl_curve(agent: Agent, instances: list[Instance], options: grpo.ToySettings
         started[0] = now
         return [s.reward for s in scores]
 
-    prompts = [agent.tokenizer.apply_chat_template(build_messages(x.query, x.texts, options.prompt), tokenize=False, add_generation_prompt=True)
-               for x in instances]
+    chats = [build_messages(x.query, x.texts, options.prompt) for x in instances]
+    prompts = [agent.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     batch = options.prompts_per_step * options.group
     config = trl.GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, num_generations=options.group, max_completion_length=options.max_new_tokens,
-        beta=0.0, temperature=options.temperature, top_k=0, top_p=1.0, learning_rate=options.lr, lr_scheduler_type="constant", max_grad_norm=options.grad_clip,
-        weight_decay=0.0, loss_type="grpo", scale_rewards="group", num_iterations=1, max_steps=options.steps, seed=options.seed, use_cpu=True, bf16=False,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, num_generations=options.group,
+        max_completion_length=options.max_new_tokens, beta=0.0, temperature=options.temperature, top_k=0, top_p=1.0,
+        learning_rate=options.lr, lr_scheduler_type="constant", max_grad_norm=options.grad_clip, weight_decay=0.0,
+        loss_type="grpo", scale_rewards="group", num_iterations=1, max_steps=options.steps, seed=options.seed, use_cpu=True, bf16=False,
         gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=10**6, disable_tqdm=True)
     trainer = trl.GRPOTrainer(model=agent.model, reward_funcs=reward, args=config, processing_class=agent.tokenizer,
                               train_dataset=Dataset.from_dict({"prompt": prompts, "instance": list(range(len(instances)))}))
@@ -104,7 +105,8 @@ def trl_curve(agent: Agent, instances: list[Instance], options: grpo.ToySettings
 
 def judge(rows: list[dict], tail: int = 10) -> str:
     """The last `tail` steps of each loop and seed, and how far the two curves' means lie apart, against the spread of the seeds."""
-    loops = {name: [[r for r in rows if r["loop"] == name and r["seed"] == seed] for seed in sorted({r["seed"] for r in rows})] for name in ("ours", "trl")}
+    seeds = sorted({r["seed"] for r in rows})
+    loops = {name: [[r for r in rows if (r["loop"], r["seed"]) == (name, seed)] for seed in seeds] for name in ("ours", "trl")}
     lines, ends = [], {}
     for name, curves in loops.items():
         ends[name] = [statistics.fmean(r["reward"] for r in curve[-tail:]) for curve in curves]
@@ -128,8 +130,9 @@ def plot(rows: list[dict], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4))
     smooth = lambda values: [statistics.fmean(values[max(0, i - 4):i + 1]) for i in range(len(values))]  # noqa: E731
+    seeds = sorted({r["seed"] for r in rows})
     for name, colour in (("ours", "tab:blue"), ("trl", "tab:orange")):
-        curves = [smooth([r["reward"] for r in rows if r["loop"] == name and r["seed"] == seed]) for seed in sorted({r["seed"] for r in rows})]
+        curves = [smooth([r["reward"] for r in rows if (r["loop"], r["seed"]) == (name, seed)]) for seed in seeds]
         for curve in curves:
             axes.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.35, linewidth=1)
         mean = [statistics.fmean(values) for values in zip(*curves)]

@@ -78,7 +78,8 @@ def test_every_answer_counts_alike_however_long_and_every_token_alike_inside_it(
 
 def test_lengths_and_a_mask_say_the_same():
     logps, ref, advantages, lengths = torch.randn(3, 5), torch.randn(3, 5), torch.randn(3), torch.tensor([2, 5, 1])
-    torch.testing.assert_close(grpo_loss(logps, ref, advantages, lengths, 0.1), grpo_loss(logps, ref, advantages, token_mask(lengths, 5), 0.1))
+    by_mask = grpo_loss(logps, ref, advantages, token_mask(lengths, 5), 0.1)
+    torch.testing.assert_close(grpo_loss(logps, ref, advantages, lengths, 0.1), by_mask)
 
 
 def test_a_group_with_equal_rewards_has_no_gradient(model):
@@ -157,7 +158,8 @@ def test_gradients_through_a_shared_prompt_equal_those_of_the_repeated_prompt(ch
     assert relative_error(shared_gradients(model, *problem()), naive_gradients(model, *problem())) <= 1e-5
 
 
-@pytest.mark.parametrize("road", [{"answer_tokens": 1}, {"answer_tokens": 20}, {"prompt_tokens": 1}, {"prompt_tokens": 60, "answer_tokens": 30}])
+@pytest.mark.parametrize("road", [{"answer_tokens": 1}, {"answer_tokens": 20}, {"prompt_tokens": 1},
+                                  {"prompt_tokens": 60, "answer_tokens": 30}])
 def test_the_gradient_does_not_depend_on_the_micro_batch_size(model, road):
     assert relative_error(shared_gradients(model, *problem(), **road), shared_gradients(model, *problem())) <= 1e-5
 
@@ -179,7 +181,7 @@ def test_bfloat16_gradients_point_where_float32_ones_do(model):
 
 
 def test_a_checkpointed_prompt_keeps_no_second_graph_alive(model):
-    """The backward pass computes each layer again; what it then sees of keys and values must not be kept: it holds that layer's whole graph."""
+    """The backward pass computes each layer again; the keys and values it then sees must not be kept: they hold its whole graph."""
     ids = torch.tensor(random_prompts(20))
     memory = PromptMemory(torch.tensor([20]))
     hidden = forward(model, ids, torch.arange(20)[None], memory.attend, checkpointing=True)
@@ -253,7 +255,8 @@ def test_a_second_optimizer_can_take_over_the_model():
 
 def test_float32_training_is_torchs_adamw(model):
     other = copy.deepcopy(model)
-    ours, theirs = MasterAdamW(list(model.parameters()), weight_decay=0.01), torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.01)
+    ours = MasterAdamW(list(model.parameters()), weight_decay=0.01)
+    theirs = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.01)
     for _ in range(3):
         for m in (model, other):
             m(torch.tensor(random_prompts(9))).logits.square().mean().backward()
@@ -303,7 +306,8 @@ def test_the_sampled_ids_are_trained_on_and_not_the_text_encoded_again(toy, tmp_
     odd = [7, 0, 9, 1]  # decodes to a text whose encoding is other ids: <|pad|> stands for every unknown word too
     monkeypatch.setattr(grpo, "sample", lambda model, prompts, group, *_, **__: [[Completion(odd, True)] * group for _ in prompts])
     seen, through = [], grpo.through_groups
-    monkeypatch.setattr(grpo, "through_groups", lambda model, prompts, answers, *a, **k: seen.append(answers) or through(model, prompts, answers, *a, **k))
+    monkeypatch.setattr(grpo, "through_groups",
+                        lambda model, prompts, answers, *a, **k: seen.append(answers) or through(model, prompts, answers, *a, **k))
     settings = quick(tmp_path, reward="random")
     train(toy, one_window(), settings, RunFolder(settings))
     assert all(answers == [odd] * 8 for answers in seen) and seen
@@ -312,7 +316,8 @@ def test_the_sampled_ids_are_trained_on_and_not_the_text_encoded_again(toy, tmp_
 def test_a_resumed_run_ends_as_the_unbroken_one(tmp_path):
     instances = one_window() * 3
     def run(folder, steps, resume=False, agent=None):
-        settings = dataclasses.replace(quick(tmp_path, reward="random"), out=str(tmp_path / folder), steps=steps, resume=resume, decay=False)
+        settings = dataclasses.replace(quick(tmp_path, reward="random"), out=str(tmp_path / folder), steps=steps, resume=resume,
+                                       decay=False)
         agent = agent or grpo.toy_agent(0)
         train(agent, instances, settings, RunFolder(settings))
         return agent.model
@@ -396,7 +401,8 @@ def test_the_toys_tokenizer_writes_and_reads_the_teachers_text(toy):
 def test_the_toy_run_goes_from_data_to_a_table_of_its_own_trec_files(tmp_path, capsys):
     """The complete path, with too little training to learn anything: every file that is promised, and numbers that eval.py confirms."""
     out = tmp_path / "run"
-    settings = dataclasses.replace(ToySettings(), out=str(out), sft_steps=2, steps=2, prompts_per_step=2, group=4, max_new_tokens=6, eval_queries=8)
+    settings = dataclasses.replace(ToySettings(), out=str(out), sft_steps=2, steps=2, prompts_per_step=2, group=4, max_new_tokens=6,
+                                   eval_queries=8)
     assert grpo.toy_run(settings) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert {"seed", "seconds", "queries", "first_stage", "warm_start", "warm_start_doubled", "grpo", "grpo_without_think", "sliding_window",
@@ -418,7 +424,8 @@ def test_a_model_folder_trains_on_candidate_files(toy, tmp_path):
     candidates, qrels = toy_task(3, 12, seed=1)
     write_candidates(tmp_path / "c.jsonl", candidates)
     write_qrels(tmp_path / "q.txt", qrels)
-    argv = ["--model", str(tmp_path / "m"), "--data", str(tmp_path / "c.jsonl"), "--qrels", str(tmp_path / "q.txt"), "--out", str(tmp_path / "o"),
+    argv = ["--model", str(tmp_path / "m"), "--data", str(tmp_path / "c.jsonl"), "--qrels", str(tmp_path / "q.txt"),
+            "--out", str(tmp_path / "o"),
             "--prompt", "toy", "--window", "5", "--prompts-per-step", "2", "--group", "2", "--steps", "1", "--sft-steps", "1",
             "--max-new-tokens", "5", "--device", "cpu", "--checkpointing"]
     assert grpo.main(argv) == 0

@@ -23,9 +23,11 @@ from rearank import (Agent, Decoder, Reranker, Settings, build_messages, encode_
 
 def test_the_rearank_prompt_is_the_papers_to_the_letter():
     first, *_, last = [m["content"] for m in build_messages("a {b} c", ["one  two\nthree", "four"]) if m["role"] == "user"]
-    assert first == ("I will provide you with passages, each indicated by number identifier []. Rank the passages based on their relevance to "
-                     "the search query.Search Query: a {b} c. \nRank the 2 passages above based on their relevance to the search query."
-                     "The passages should be listed in descending order using identifiers. The most relevant passages should be listed first. "
+    assert first == ("I will provide you with passages, each indicated by number identifier []. "
+                     "Rank the passages based on their relevance to the search query."
+                     "Search Query: a {b} c. \nRank the 2 passages above based on their relevance to the search query."
+                     "The passages should be listed in descending order using identifiers. "
+                     "The most relevant passages should be listed first. "
                      "The output format should be <answer> [] > [] </answer>, e.g., <answer> [1] > [2] </answer>.")
     indent = "\n" + " " * 12
     assert last == ('Please rank these passages according to their relevance to the search query: "a {b} c"' + indent
@@ -40,7 +42,8 @@ def test_a_conversation_receives_each_passage_in_turn():
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant", "user", "assistant", "user"]
     assert [m["content"] for m in messages[2:6]] == ["Okay, please provide the passages.", "[1] one two three", "Received passage [1].",
                                                       "[2] " + "x" * 400]
-    assert messages[0]["content"].startswith("You are DeepRerank, an intelligent assistant") and "You first thinks" in messages[0]["content"]
+    system = messages[0]["content"]
+    assert system.startswith("You are DeepRerank, an intelligent assistant") and "You first thinks" in system
 
 
 def test_the_rankgpt_prompt_asks_for_no_reasoning_and_cuts_at_300_characters():
@@ -128,7 +131,7 @@ class Recording(TorchDispatchMode):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_step_recorded_once_and_replayed_draws_the_same_tokens(model, monkeypatch, temperature):
-    """What CUDA graphs ask of the decoder, as far as a CPU can tell: no step depends on a new address or on a number of Python's, or waits for one."""
+    """What CUDA graphs ask of the decoder, as far as a CPU can tell: no step depends on a new address or a number of Python's, or waits."""
     prompts, stop = random_prompts(13, 40, 27, 9, 22, 40, 13, 35, 5), [3]
     expected = sample(model, prompts, 4, 300, temperature, stop, seed=1, max_rows=12)
     assert max(len(c.ids) for row in expected for c in row) == 300 > 256  # the answers' buffers have grown, and some rows left early
@@ -189,13 +192,16 @@ def test_sampling_follows_the_distribution():
 def model_of_kind(kind: str, **changes) -> torch.nn.Module:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                                  num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.15, eos_token_id=3, pad_token_id=3,
-                                  bos_token_id=None, **changes)
+                                  num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.15, eos_token_id=3,
+                                  pad_token_id=3, bos_token_id=None, **changes)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
-@pytest.mark.parametrize(("kind", "changes"), [("qwen2", {}), ("qwen3", {"head_dim": 32}), ("llama", {}), ("mistral", {"sliding_window": None}),
-                                               ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}})])
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}}
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("qwen2", {}), ("qwen3", {"head_dim": 32}), ("llama", {}), ("llama", LINEAR),
+                                               ("mistral", {"sliding_window": None})])
 def test_the_forward_pass_written_out_is_that_of_the_model(kind, changes):
     model, (prompt,) = model_of_kind(kind, **changes), random_prompts(21)
     rearank.check_shared_prompt(kind, model)
@@ -207,7 +213,8 @@ def test_the_forward_pass_written_out_is_that_of_the_model(kind, changes):
     assert sample(model, [prompt], 1, 15, 1.0, [], seed=0)[0][0].ids == plain_sample(model, prompt, uniforms[0], 1.0, [])
 
 
-@pytest.mark.parametrize(("kind", "changes"), [("gemma", {"head_dim": 16}), ("olmo2", {}), ("granite", {"logits_scaling": 8.0}), ("phi3", {}), ("gpt_neox", {})])
+@pytest.mark.parametrize(("kind", "changes"), [("gemma", {"head_dim": 16}), ("olmo2", {}), ("granite", {"logits_scaling": 8.0}),
+                                               ("phi3", {}), ("gpt_neox", {})])
 def test_a_model_whose_forward_pass_is_another_is_refused_and_not_wrong(kind, changes):
     with pytest.raises(InputError, match="Qwen2, Qwen3, Llama and Mistral"):
         rearank.check_shared_prompt(kind, model_of_kind(kind, **changes))
@@ -225,7 +232,8 @@ def test_position_embeddings_that_change_with_the_length_are_refused():
 
 def test_decoding_in_bfloat16_keeps_its_scores_in_float32():
     torch.manual_seed(0)
-    query, keys, values = torch.randn(1, 1, 4, 64), torch.randn(1, 1, 300, 64) + 20, torch.randn(1, 1, 300, 64)  # a bias all keys share: large scores
+    query, keys, values = torch.randn(1, 1, 4, 64), torch.randn(1, 1, 300, 64), torch.randn(1, 1, 300, 64)
+    keys += 20  # a bias all keys share: large scores
     query, keys, values = (x.bfloat16() for x in (query.abs(), keys, values))
     exact = F.scaled_dot_product_attention(query.double(), keys.double(), values.double())
     out, _ = rearank.attend_part(query, keys, values, 64**-0.5)
