@@ -1,5 +1,9 @@
 """What the tests share: a tiny random Qwen2 and word-level prompts, made in memory. No network, no weights."""
 
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a hub name that is asked for in a test must not be looked up
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
