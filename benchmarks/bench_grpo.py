@@ -2,6 +2,7 @@
 
     python benchmarks/bench_grpo.py --size tiny          (about 3 minutes on 2 cores)
     python benchmarks/bench_grpo.py --size small         (about 45 minutes on 2 cores)
+    python benchmarks/bench_grpo.py --only tricks        (each trick by itself, against the same code without it; --size small too)
 
 Same model, same prompts, same group size, same reward (a function of the ids, not of a text). Each side cuts its update as it comes: TRL
 takes the whole group as one batch of `per_device_train_batch_size` (smaller ones need less memory and accumulate), ours micro-batches of
@@ -33,7 +34,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import grpo
 from data import command_line, run_main, setting
-from rearank import Agent, Completion, sample
+from rearank import Agent, Completion, PromptMemory, encode_prompts, forward, sample
 
 
 @dataclasses.dataclass
@@ -43,9 +44,9 @@ class Settings:
     size: str = setting("tiny", "Which model and lengths.", choices=("tiny", "small"))
     repeats: int = setting(5, "Pairs of runs; the median counts.")
     beta: list[float] = setting(lambda: [0.0, 0.04], "KL weights of the step.", nargs="+", type=float)
-    only: str = setting("both", "Only one part.", choices=("both", "sample", "step"))
+    only: str = setting("both", "Only one part.", choices=("both", "sample", "step", "tricks"))
     threads: int = setting(1, "Threads for torch, ours and the peer's.")
-    side: str = setting("", "Make one call of this side only and print its peak memory in MiB.", choices=("", "ours", "peer", "together"))
+    side: str = setting("", "Make the one call of this name only and print its peak memory in MiB.")
     json: bool = setting(False, "Print one JSON line a measure instead of the table.")
 
 
@@ -110,14 +111,14 @@ class Peak:
         self.mib = max(0, self.peak - self.base) / 2**20
 
 
-def in_turn(settings: Settings, only: str, beta: float, ours, peer, name: str = "peer") -> dict:
+def in_turn(settings: Settings, only: str, beta: float, ours, peer, names: tuple[str, str] = ("ours", "peer")) -> dict:
     """Run both alternately after one warm-up each; medians of the times, and the median of the ratios of the pairs.
 
     Memory is that of a first call in a process of its own, since one that has already run keeps its heap. With --side set, this is
     that process: it makes the one call of this name, prints its peak and leaves.
     """
     if settings.side:
-        sides = {"ours": ours, name: peer}
+        sides = dict(zip(names, (ours, peer)))
         if settings.side not in sides:
             return {"ratio": 0.0}
         with Peak() as peak:
@@ -126,7 +127,7 @@ def in_turn(settings: Settings, only: str, beta: float, ours, peer, name: str = 
         sys.exit(0)
     command = [sys.executable, __file__, "--size", settings.size, "--only", only, "--beta", str(beta), "--threads", str(settings.threads)]
     mib = [float(subprocess.run([*command, "--side", side], capture_output=True, text=True, check=True).stdout.split()[-1])
-           for side in ("ours", name)]
+           for side in names]
     ours(), peer()
     pairs = []
     for _ in range(settings.repeats):
@@ -186,7 +187,7 @@ def bench_sample(size: Size, settings: Settings) -> list[dict]:
     peers = {"peer": ("generate, a prompt a call", lambda: [generate(p[None]) for p in prompts])}
     if size.prompts > 1:
         peers["together"] = ("generate, all in one", lambda: generate(prompts))
-    rows = [{"what": "sample", "size": settings.size, "peer": title, **in_turn(settings, "sample", 0.0, ours, call, side)}
+    rows = [{"what": "sample", "size": settings.size, "peer": title, **in_turn(settings, "sample", 0.0, ours, call, ("ours", side))}
             for side, (title, call) in peers.items()]
     limit = limit_seconds(size, model, size.prompts, seen["lengths"])
     return [row | {"limit_s": limit} for row in rows]
@@ -260,6 +261,37 @@ def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
     return step
 
 
+def bench_tricks(size: Size, settings: Settings) -> list[dict]:
+    """Each trick against the same code without it. What a trick saves is peer / ours here too."""
+    model, count = build(size), size.step_group
+    prompts = torch.randint(3, size.config["vocab_size"], (size.prompts, size.prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    draw = lambda prompts, group, stop: sample(model, prompts, group, size.new, 1.0, stop, seed=0, max_rows=64)  # noqa: E731
+    generator = torch.Generator().manual_seed(1)  # answers of any ids: had the model drawn them, its memory would already be there
+    answers = [torch.randint(3, size.config["vocab_size"], (n,), generator=generator).tolist()
+               for n in torch.randint(1, size.new + 1, (count,), generator=generator).tolist()]
+
+    def learn(prompts: list[list[int]], answer_tokens: int) -> None:
+        grpo.through_groups(model, prompts, answers, lambda batch: batch.logps.sum(), True, answer_tokens=answer_tokens)
+        model.zero_grad()
+
+    @torch.no_grad()
+    def encode_whole() -> None:
+        """A prompt through the whole of the last layer."""
+        lengths = torch.full((1,), size.prompt)
+        forward(model, torch.tensor(prompts[:1]), torch.arange(size.prompt)[None], PromptMemory(lengths).attend)
+
+    tricks = {
+        "sampling: a prompt once for its group": (lambda: draw(prompts, size.group, [END]),
+                                                  lambda: draw([p for p in prompts for _ in range(size.group)], 1, [END])),
+        "sampling: rows that have ended leave": (lambda: draw(prompts, size.group, [END]), lambda: draw(prompts, size.group, [])),
+        "prompt: one place in the last layer": (torch.no_grad()(lambda: encode_prompts(model, prompts[:1])), encode_whole),
+        "update: a prompt once for its group": (lambda: learn(prompts[:1], 384), lambda: learn(prompts[:1] * count, 384)),
+        "update: micro-batches of like length": (lambda: learn(prompts[:1], 384), lambda: learn(prompts[:1], 10**9)),
+    }
+    return [{"what": title, "size": settings.size, "peer": "without it",
+             **in_turn(settings, "tricks", 0.0, *calls, (f"with {i}", f"without {i}"))} for i, (title, calls) in enumerate(tricks.items())]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line asks for and print it."""
     settings = command_line(Settings, argv, __doc__)
@@ -271,14 +303,17 @@ def main(argv: list[str] | None = None) -> int:
         rows += bench_sample(size, settings)
     if settings.only in ("both", "step"):
         rows += [bench_step(size, settings, beta) for beta in settings.beta]
+    if settings.only == "tricks":
+        rows += bench_tricks(size, settings)
     for row in rows:
         if settings.json:
             print(json.dumps(row))
         else:
             what = row["what"] + (f", beta {row['beta']}" if "beta" in row else "")
-            print(f"{what:16} {row['size']:5} ours {row['ours_s']:7.2f} s {row['ours_mib']:6.0f} MiB   "
-                  f"{row['peer']:25} {row['peer_s']:7.2f} s {row['peer_mib']:6.0f} MiB   {row['ratio']:5.1f} x faster, "
-                  f"memory 1/{row['peer_mib'] / max(row['ours_mib'], 1):.1f}   limit {row['limit_s']:.2f} s")
+            limit = f"   limit {row['limit_s']:.2f} s" if "limit_s" in row else ""
+            print(f"{what:38} {row['size']:5} ours {row['ours_s']:7.3f} s {row['ours_mib']:6.0f} MiB   "
+                  f"{row['peer']:25} {row['peer_s']:7.3f} s {row['peer_mib']:6.0f} MiB   {row['ratio']:5.1f} x faster, "
+                  f"memory 1/{row['peer_mib'] / max(row['ours_mib'], 1):.1f}{limit}")
     return 0
 
 
