@@ -375,6 +375,15 @@ def write_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None
 
     Docids are written as trec_id gives them. InputError where two of a query's would then be one, or what no such file can hold.
     """
+    lines = run_lines(path, ranking, tag)
+    with atomic_write(path, "wb") as file:
+        file.write("".join(lines).encode("utf-8", "surrogateescape"))
+
+
+def run_lines(path: str | Path, ranking: dict[str, list[str]], tag: str) -> list[str]:
+    """The lines that `write_run` writes, with its errors: to be had before long work as well as after it."""
+    if Path(path).is_dir():
+        raise InputError(f"{path}: is a folder; expected the name of a run file to write")
     lines = []
     for qid, docids in ranking.items():
         names = [trec_id(docid) for docid in docids]
@@ -385,8 +394,7 @@ def write_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None
             twice = Counter(names).most_common(1)[0][0]
             raise InputError(f"{path}: query {qid} has two documents {twice!r} (white space in ids is written as _)")
         lines += [f"{qid} Q0 {name} {rank} {len(names) - rank} {tag}\n" for rank, name in enumerate(names, 1)]
-    with atomic_write(path, "wb") as file:
-        file.write("".join(lines).encode("utf-8", "surrogateescape"))
+    return lines
 
 
 def write_qrels(path: str | Path, qrels: dict[str, dict[str, int]]) -> None:
@@ -516,7 +524,7 @@ def write_candidates(path: str | Path, candidates: Iterable[Candidates]) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Initial state expansion (paper section 3.2, PAPER.md section 4)
+# Initial state expansion (paper section 3.2)
 
 PAPER_QUERIES = 179  # of the 211 judged queries of DL21, DL22 and DL23 those whose BM25 list has an NDCG@10 above 0
 
@@ -623,7 +631,7 @@ def read_instances(path: str | Path) -> list[Instance]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# BRIGHT: 12 splits, reasoning-intensive queries (PAPER.md section 7)
+# BRIGHT: 12 splits, reasoning-intensive queries (arXiv 2407.12883)
 
 BRIGHT_SPLITS = ("biology", "earth_science", "economics", "psychology", "robotics", "stackoverflow", "sustainable_living", "pony",
                  "leetcode", "aops", "theoremqa_theorems", "theoremqa_questions")
@@ -717,7 +725,7 @@ def bright_scores(run: str | Path, qrels: str | Path, excluded: dict[str, set[st
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Downloads: the public files of PAPER.md section 8
+# Downloads: the public files
 
 LISTS = "https://huggingface.co/datasets/castorini/rank_llm_data/resolve/main/retrieve_results/BM25/retrieve_results_"
 NIST = "https://trec.nist.gov/data/deep/"

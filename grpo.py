@@ -2,11 +2,12 @@
 
     python grpo.py                                       the toy run: no arguments, no download, minutes on a CPU
     python grpo.py --model Qwen/Qwen2.5-7B               the paper's run, on a GPU
+    python grpo.py --help                                the toy's settings and defaults; with --model NAME the paper's
 
 From top to bottom: advantage and loss (equations 3 and 4); log-probabilities with each prompt encoded once for its group;
 the settings; the optimizer; one step; supervised learning; the run folder; the training loop; the toy run.
 
-Where it departs from the paper and from VeRL, which the authors use (PAPER.md sections 3 and 5 name the decisions):
+Where it departs from the paper and from VeRL, which the authors use (README.md lists all departures):
 - A group whose rewards are all equal has advantage exactly 0 and is counted in the log. The std is the sample's.
 - beta = 0.001 with the k3 estimator, lr = 1e-6, temperature 1.0: the paper does not state them; these are VeRL's defaults.
 - The prompt is encoded once per group, in sampling and in the update; the gradient is that of the repeated prompt.
@@ -585,6 +586,8 @@ class RunFolder:
 
     def __init__(self, settings: Settings):
         self.path, self.settings = Path(settings.out), settings
+        if settings.resume and not (self.path / "state").is_dir():
+            raise InputError(f"--resume: {self.path} holds no state/ to go on from; run without --resume")
         self.path.mkdir(parents=True, exist_ok=True)
         if not settings.resume:
             for old in ("log.csv", "samples.txt", "summary.json"):
@@ -637,11 +640,8 @@ class RunFolder:
 
     def load_state(self, optimizer: MasterAdamW) -> int:
         """Restore the optimizer; returns the number of steps done."""
-        try:
-            step = json.loads((self.path / "state" / "state.json").read_text())["step"]
-            optimizer.load_state(load_file(self.path / "state" / "optimizer.safetensors"))
-        except FileNotFoundError:
-            raise InputError(f"--resume: {self.path} holds no state/ to go on from; run without --resume") from None
+        step = json.loads((self.path / "state" / "state.json").read_text())["step"]
+        optimizer.load_state(load_file(self.path / "state" / "optimizer.safetensors"))
         keep_log_rows(self.path / "log.csv", step)
         return step
 
@@ -914,9 +914,9 @@ def toy_table(taken: dict[str, list[float]], long: dict[str, list[float]], summa
 
 def main(argv: list[str] | None = None) -> int:
     """Train the model that --model names, or run the toy."""
-    argv = sys.argv[1:] if argv is None else argv  # --help shows the paper's settings; ToySettings lists what the toy changes
+    argv = sys.argv[1:] if argv is None else argv
     real = any(a == "--model" or a.startswith("--model=") for a in argv)
-    settings = command_line(Settings if real or "-h" in argv or "--help" in argv else ToySettings, argv, __doc__)
+    settings = command_line(Settings if real else ToySettings, argv, __doc__)
     if not real and (settings.data or settings.qrels):
         raise InputError("--data and --qrels need --model; without it the toy run makes its own data")
     return train_model(settings) if real else toy_run(settings)

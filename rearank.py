@@ -36,11 +36,11 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from data import Candidates, InputError, command_line, read_candidates, run_main, setting, write_run
+from data import Candidates, InputError, command_line, read_candidates, run_lines, run_main, setting, write_run
 from reward import Ranking, parse_ranking
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Prompts (PAPER.md section 2). The released weights expect exactly these strings, blanks and line ends included.
+# Prompts, the authors' to the letter. The released weights expect exactly these strings, blanks and line ends included.
 
 FORMAT = "The output format should be <answer> [] > [] </answer>, e.g., <answer> [1] > [2] </answer>."
 BEST_FIRST = ("The passages should be listed in descending order using identifiers. "
@@ -829,6 +829,7 @@ def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
     each batch, and the run of the finished queries is written on the way out.
     """
     lists = read_candidates(settings.input)[:settings.limit or None]
+    run_lines(settings.output, {c.qid: c.docids for c in lists}, settings.tag)  # what cannot be written is refused before the work
     reranker = Reranker(agent or settings.model, settings.prompt, settings.window, settings.step, settings.think, settings.temperature,
                         settings.max_new_tokens, settings.max_prompt_tokens, settings.max_rows, settings.seed, settings.device,
                         settings.dtype, settings.cuda_graphs)

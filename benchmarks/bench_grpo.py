@@ -42,11 +42,12 @@ class Settings:
     """Settings of the benchmark."""
 
     size: str = setting("tiny", "Which model and lengths.", choices=("tiny", "small"))
-    repeats: int = setting(5, "Pairs of runs; the median counts.")
+    repeats: int = setting(5, "Pairs of runs; the median counts.", least=1)
     beta: list[float] = setting(lambda: [0.0, 0.04], "KL weights of the step.", nargs="+", type=float)
-    only: str = setting("both", "Only one part.", choices=("both", "sample", "step", "tricks"))
+    only: str = setting("both", "Only one part; both: sample and step. tricks takes 2 minutes (small: 15).",
+                        choices=("both", "sample", "step", "tricks"))
     threads: int = setting(1, "Threads for torch, ours and the peer's.")
-    side: str = setting("", "Make the one call of this name only and print its peak memory in MiB.")
+    side: str = setting("", "Used by the benchmark itself: make the one call of this name and print its peak memory in MiB.")
     json: bool = setting(False, "Print one JSON line a measure instead of the table.")
 
 

@@ -1,6 +1,6 @@
 """Is the learning the same? Reward against steps on the toy task: our loop and trl.GRPOTrainer with equal settings, three seeds each.
 
-    python benchmarks/bench_learning.py                  (about 20 minutes on 2 cores; writes learning_curves.csv and .png beside this file)
+    python benchmarks/bench_learning.py                  (about 15 minutes on 2 cores; writes learning_curves.csv and .png beside this file)
     python benchmarks/bench_learning.py --plot-only      (draws and judges the curves of the CSV that is there)
 
 For each seed the toy model is warm-started once; both loops begin from those weights, with the same pool of windows, reward, prompts per

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a hub name that is asked for in a test must not be looked up
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may look up a hub name
 
 import pytest
 import torch

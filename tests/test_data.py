@@ -247,7 +247,7 @@ def test_dl21_gives_the_counts_of_the_authors_procedure():
     assert (counts["judged"], counts["found"], counts["draws"]) == (53, 51, 5100)
     assert {query.qid for query in lists} - {draw.qid for draw in instances} == {"23287", "226975"}
     assert counts["above"] / counts["draws"] == pytest.approx(0.857, abs=0.01) and len(instances) == counts["kept"] <= counts["above"]
-    over_the_drawn = [ndcg(draw.labels) >= 0.1 for draw in expand(lists, qrels, keep="all")]  # the mistake PAPER.md warns of
+    over_the_drawn = [ndcg(draw.labels) >= 0.1 for draw in expand(lists, qrels, keep="all")]  # the mistake: an ideal of the draw
     assert sum(over_the_drawn) / len(over_the_drawn) == pytest.approx(0.946, abs=0.01)
     assert data.repeated_passages(lists, qrels)[0] == 795
 

@@ -1,5 +1,6 @@
 """The agent: prompts, cached sampling over a shared prompt, sliding windows, the command line."""
 
+import dataclasses
 import gzip
 import json
 
@@ -374,6 +375,17 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(toy, monk
     config.num_hidden_layers, config.layer_types, config.intermediate_size = 4, ["full_attention"] * 4, 2**40 // 64
     with pytest.raises(InputError, match="weights take .* GiB"):
         rearank.check_memory("big", config, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("changes", [{"tag": "my run"}, {"output": "."}])
+def test_what_cannot_be_written_is_refused_before_the_work(toy, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(rearank, "sample", lambda *a, **k: pytest.fail("the model was asked"))
+    (tmp_path / "c.jsonl").write_text(json.dumps({"query": {"text": "q", "qid": "1"}, "candidates": [
+        {"docid": d, "score": 1.0, "doc": {"contents": d}} for d in "ab"]}))
+    settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "run"), prompt="toy")
+    with pytest.raises(InputError, match="expected"):
+        rerank_file(dataclasses.replace(settings, **changes), toy)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
 
 
 # --- real files
