@@ -375,16 +375,17 @@ def write_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None
 
     Docids are written as trec_id gives them. InputError where two of a query's would then be one, or what no such file can hold.
     """
-    lines = run_lines(path, ranking, tag)
+    check_run(path, ranking, tag)
     with atomic_write(path, "wb") as file:
-        file.write("".join(lines).encode("utf-8", "surrogateescape"))
+        for qid, docids in ranking.items():
+            lines = (f"{qid} Q0 {trec_id(docid)} {rank} {len(docids) - rank} {tag}\n" for rank, docid in enumerate(docids, 1))
+            file.write("".join(lines).encode("utf-8", "surrogateescape"))
 
 
-def run_lines(path: str | Path, ranking: dict[str, list[str]], tag: str) -> list[str]:
-    """The lines that `write_run` writes, with its errors: to be had before long work as well as after it."""
+def check_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None:
+    """InputError where `write_run` could not write this: no order changes that, so it can be asked before long work."""
     if Path(path).is_dir():
         raise InputError(f"{path}: is a folder; expected the name of a run file to write")
-    lines = []
     for qid, docids in ranking.items():
         names = [trec_id(docid) for docid in docids]
         for name in (qid, tag, *names):
@@ -393,8 +394,6 @@ def run_lines(path: str | Path, ranking: dict[str, list[str]], tag: str) -> list
         if len(set(names)) < len(names):
             twice = Counter(names).most_common(1)[0][0]
             raise InputError(f"{path}: query {qid} has two documents {twice!r} (white space in ids is written as _)")
-        lines += [f"{qid} Q0 {name} {rank} {len(names) - rank} {tag}\n" for rank, name in enumerate(names, 1)]
-    return lines
 
 
 def write_qrels(path: str | Path, qrels: dict[str, dict[str, int]]) -> None:

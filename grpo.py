@@ -586,7 +586,7 @@ class RunFolder:
 
     def __init__(self, settings: Settings):
         self.path, self.settings = Path(settings.out), settings
-        if settings.resume and not (self.path / "state").is_dir():
+        if settings.resume and not all((self.path / "state" / name).is_file() for name in ("state.json", "optimizer.safetensors")):
             raise InputError(f"--resume: {self.path} holds no state/ to go on from; run without --resume")
         self.path.mkdir(parents=True, exist_ok=True)
         if not settings.resume:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from data import Candidates, InputError, command_line, read_candidates, run_lines, run_main, setting, write_run
+from data import Candidates, InputError, check_run, command_line, read_candidates, run_main, setting, write_run
 from reward import Ranking, parse_ranking
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -829,7 +829,7 @@ def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
     each batch, and the run of the finished queries is written on the way out.
     """
     lists = read_candidates(settings.input)[:settings.limit or None]
-    run_lines(settings.output, {c.qid: c.docids for c in lists}, settings.tag)  # what cannot be written is refused before the work
+    check_run(settings.output, {c.qid: c.docids for c in lists}, settings.tag)  # before the work, not after it
     reranker = Reranker(agent or settings.model, settings.prompt, settings.window, settings.step, settings.think, settings.temperature,
                         settings.max_new_tokens, settings.max_prompt_tokens, settings.max_rows, settings.seed, settings.device,
                         settings.dtype, settings.cuda_graphs)

@@ -1,7 +1,7 @@
 """Sampling and a full GRPO step beside the frameworks', in one process, in turn: transformers' generate and trl.GRPOTrainer.
 
     python benchmarks/bench_grpo.py --size tiny          (about 3 minutes on 2 cores)
-    python benchmarks/bench_grpo.py --size small         (about 45 minutes on 2 cores)
+    python benchmarks/bench_grpo.py --size small         (about an hour on 2 cores)
     python benchmarks/bench_grpo.py --only tricks        (each trick by itself, against the same code without it; --size small too)
 
 Same model, same prompts, same group size, same reward (a function of the ids, not of a text). Each side cuts its update as it comes: TRL
@@ -121,7 +121,7 @@ def in_turn(settings: Settings, only: str, beta: float, ours, peer, names: tuple
     if settings.side:
         sides = dict(zip(names, (ours, peer)))
         if settings.side not in sides:
-            return {"ratio": 0.0}
+            return {}
         with Peak() as peak:
             sides[settings.side]()
         print(peak.mib)
@@ -171,7 +171,7 @@ def limit_seconds(size: Size, model: torch.nn.Module, prompts: int, answers: lis
 
 
 def bench_sample(size: Size, settings: Settings) -> list[dict]:
-    """`sample` against generate(num_return_sequences=group): called for each prompt (leaner) and for all at once (faster), a row each."""
+    """`sample` against generate(num_return_sequences=group): called for each prompt and for all at once, a row each."""
     model = build(size)
     prompts = torch.randint(3, size.config["vocab_size"], (size.prompts, size.prompt), generator=torch.Generator().manual_seed(0))
     seen = {}

@@ -359,9 +359,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(toy, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(before, toy.model.parameters()))
 
 
-def test_resuming_from_nothing_says_so(toy, tmp_path):
+def test_resuming_from_nothing_says_so(tmp_path):
     with pytest.raises(InputError, match="--resume"):  # at once, not after the warm start
         RunFolder(quick(tmp_path, resume=True))
+
+
+def test_resuming_from_half_a_state_says_so(toy, tmp_path):
+    settings = quick(tmp_path)
+    train(toy, one_window(), settings, RunFolder(settings))
+    next(tmp_path.rglob("optimizer.safetensors")).unlink()
+    with pytest.raises(InputError, match="--resume"):
+        RunFolder(dataclasses.replace(settings, resume=True))
 
 
 def test_batches_walk_through_all_instances_before_any_comes_again():
