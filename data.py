@@ -1,106 +1,100 @@
-"""Data for REARANK (arXiv 2505.20046): file formats, training instances, BRIGHT, downloads, BM25, the toy task.
+"""Data for REARANK (arXiv 2505.20046): file formats, training instances, BRIGHT, downloads.
 
-    python data.py download dl19 dl21 bright                     public files: fetched, verified, unpacked below $REARANK_DATA
-    python data.py expand --candidates C --qrels Q --output F    initial state expansion, with the counts at every stage
-    python data.py bm25 CORPUS QUERIES --output F --k 100        first-stage lists from documents of your own, without Java
-    python data.py bright --output FOLDER                        BRIGHT's first-stage lists, without the excluded documents
-    python data.py bright-eval --runs FOLDER                     NDCG@10 of each BRIGHT split and the mean of the 12
+    python data.py download dl19 covid bright        test sets: candidates with passages, judgements
+    python data.py download rearank_12k              the 12,603 windows that the authors trained on
+    python data.py expand --candidates C --qrels Q   initial state expansion, with the counts at every stage
+    python data.py bright --output FOLDER            BRIGHT's first-stage lists, excluded documents taken out
 
-`python data.py COMMAND --help` lists the settings of a command. Everything read from outside is checked (InputError: file, line, what
-was expected); everything written appears whole or not at all.
+Downloads go to $REARANK_DATA, by default ~/.cache/rearank. What is read from outside is checked (InputError:
+file, line, what was expected); what is written appears whole or not at all.
 
 Where we depart from the paper, or had to choose:
-- Expansion (section 3.2): the text contradicts itself (179 queries x 50 draws are fewer than its 12k instances; the filter looks at the
-  initial NDCG@10 in section 4.1 and at the best possible one in Table 3). The defaults follow the authors' public notebook: 100 draws of
-  20, kept in retrieval order, initial NDCG@10 of at least 0.1 with the ideal over all judgements, and something to gain. The text's
-  variant is `--draws 50 --order shuffled --keep best`.
-- Training queries: DL21 and DL22 by default; the passages of DL23 have no public file. Passages stay whole here, prompts cut them.
-- BRIGHT (section 4): excluded documents leave the candidates before the list is cut to 100, never the judgements.
+- Expansion (section 3.2): the text contradicts itself (179 queries x 50 draws are fewer than its 12k
+  instances; the filter is on the initial NDCG@10 in section 4.1, on the best possible one in Table 3). The
+  defaults are those of the authors' public notebook: 100 draws of 20, kept in retrieval order, an initial
+  NDCG@10 of at least 0.1 with the ideal over all judgements, and something to gain. The text's variant is
+  `--draws 50 --order shuffled --keep best`.
+- Training data: the passages of DL23, a third of the paper's queries, have no public file. So it is either
+  the authors' own windows (rearank_12k) or what DL21 and DL22 give. Passages stay whole; prompts cut them.
+- BRIGHT (section 4): excluded documents leave the candidates before the cut to 100, never the judgements.
 
-No data comes with the code. MS MARCO's passages (dl19 to dl23) are for non-commercial research only, TREC's judgements are NIST's (public
-domain in the US), BRIGHT is CC BY 4.0, and each BEIR set has terms of its own.
+No data comes with the code. MS MARCO's passages (dl19 to dl22, rearank_12k) are for non-commercial research
+only, TREC's judgements are NIST's, BRIGHT is CC BY 4.0, and each BEIR set has terms of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import array
 import contextlib
 import dataclasses
-import functools
 import gzip
 import hashlib
-import itertools
 import json
+import math
 import os
 import random
 import re
-import signal
 import shutil
-import stat
+import signal
 import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from pathlib import Path, PureWindowsPath
-
-import numpy as np
+from collections.abc import Callable, Container, Iterable, Iterator
+from pathlib import Path
 
 from reward import ndcg
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared by every script: bad input, the command line, files
+# ---- Shared by every script: bad input, the command line, files --------------------------------------------
 
 
 class InputError(ValueError):
-    """Something read from outside is not as it must be. The message is one line: where, and what was expected."""
+    """Something read from outside is not as it must be. One line: where, and what was expected."""
 
 
 def setting(default, help: str, **argparse_options):
-    """One field of a settings dataclass: its default, its sentence, and what argparse needs beyond its type.
-
-    `flags=("-m",)` adds short names; `positional=True` makes it a positional argument (give `nargs` if it repeats); a number below
-    `least` is refused.
+    """One field of a settings dataclass: its default, its sentence, and what argparse needs beyond its type;
+    also `flags=("-m",)` for short names, `positional=True`, and `least`, below which a number is refused.
     """
     make = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**make, metadata={"help": help, **argparse_options})
 
 
-def command_line(settings: type, argv: list[str] | None = None, description: str | None = None, prog: str | None = None):
-    """Read `argv` (default: sys.argv[1:]) into an instance of the dataclass `settings`: field a_b is the option --a-b.
-
-    Booleans become --a-b / --no-a-b. An argument that does not fit ends the program with status 2 and one line.
+def command_line(settings: type, argv: list[str] | None = None, description: str | None = None,
+                 prog: str | None = None):
+    """Read `argv` (default: sys.argv[1:]) into an instance of the dataclass `settings`: field a_b is --a-b,
+    a boolean also --no-a-b. What does not fit ends the program with one line and status 2.
     """
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.print_usage = lambda file=None: None  # an error is one line; --help has the rest
-    bounds = {}
-    for field in dataclasses.fields(settings):
+    fields = dataclasses.fields(settings)
+    for field in fields:
         options = dict(field.metadata)
-        bounds[field.name] = options.pop("least", None)
-        flags, positional, help = options.pop("flags", ()), options.pop("positional", False), options.pop("help", "")
+        options.pop("least", None)
+        flags, positional = options.pop("flags", ()), options.pop("positional", False)
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         kind = getattr(field.type, "__name__", str(field.type)).replace("| None", "").strip()
         if kind == "bool":
             options["action"] = argparse.BooleanOptionalAction
         elif "action" not in options:
             options.setdefault("type", {"int": int, "float": float}.get(kind, str))
-        if positional:
-            parser.add_argument(field.name, help=help, **options)
-            continue
-        shown = "" if default in (None, "", (), []) or kind == "bool" and not default else f" (default: {default})"
-        parser.add_argument(*flags, "--" + field.name.replace("_", "-"), dest=field.name, default=default,
-                            help=(help + shown).replace("%", "%%"), **options)
-    values = vars(parser.parse_args(argv))
-    for name, least in bounds.items():
-        if least is not None and values[name] < least:
-            parser.error(f"argument --{name.replace('_', '-')}: expected at least {least}, found {values[name]}")
+        if not positional and default not in (None, "", (), []) and default is not False:
+            options["help"] += f" (default: {default})"
+        options["help"] = options["help"].replace("%", "%%")
+        names = [field.name] if positional else [*flags, "--" + field.name.replace("_", "-")]
+        parser.add_argument(*names, default=default, **options)
+    values = vars(parser.parse_intermixed_args(argv))  # options may stand between positional arguments
+    for field in fields:
+        least, value = field.metadata.get("least"), values[field.name]
+        if least is not None and value < least:
+            name = field.name.replace("_", "-")
+            parser.error(f"argument --{name}: expected at least {least}, found {value}")
     return settings(**values)
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: bad input is one line on stderr and status 2, Ctrl-C 130, a closed pipe 1."""
+    """Run `main` and exit: bad input is one line on stderr and status 2, Ctrl-C 130, a closed pipe 1."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is told to stop saves as on Ctrl-C
     try:
         sys.exit(main() or 0)
@@ -108,304 +102,190 @@ def run_main(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (InputError, OSError) as error:
-        reason = error if isinstance(error, InputError) or not error.filename else f"{error.filename}: {error.strerror}"
-        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, in one line; for one of the operating system "file: reason"."""
+    named = getattr(error, "filename", None) and getattr(error, "strerror", None)
+    return f"{error.filename}: {error.strerror}" if named else " ".join(str(error).split())
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
-    """Open `path` for writing so that it appears whole or not at all: a temporary file beside it, renamed at the end.
+    """Open `path` to write text ("w": UTF-8, "\\n" line ends) or bytes ("wb"); a name in .gz is compressed.
 
-    A name ending in .gz is compressed. Missing folders are made. Text is UTF-8 with "\\n" line ends.
+    It appears whole or not at all: a file beside it is renamed at the end. Missing folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    text = {} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"}
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(part, mode if "b" in mode else mode + "t", **text) as file:
+        with opener(part, "wb" if mode == "wb" else "wt", **text) as file:
             yield file
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The whole file, decompressed where its name ends in .gz. InputError where the gzip data is damaged."""
-    with open(path, "rb") as file:
-        content = file.read()
-    if Path(path).suffix != ".gz":
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not a readable gzip file ({error})") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# TREC qrels and runs
-#
-# One parser for both, over bytes: a run of MS MARCO's size has 7 million lines, and a dict entry for each costs more time and memory than
-# all of the evaluation. So a file becomes columns of numbers; ids are packed eight bytes to an integer, and compare as their bytes do.
-
-WORD = np.uint64
-TREC_FORMATS = {"qrels": (4, 3, int, "qid iter docid label"),                  # fields, the value's place among them, its type
-                "run": (6, 4, float, "qid Q0 docid rank score tag")}
-
-
-@dataclasses.dataclass
-class TrecTable:
-    """A qrels file or a run as columns, one row a line, in the file's order (n rows; W words of 8 bytes for the longest docid)."""
-
-    qids: list[bytes]      # the different query ids, in order of first appearance
-    query: np.ndarray      # (n,) int32: each row's place in qids
-    docids: np.ndarray     # (W, n) uint64: the id's bytes, then zeros; the first word is the most significant
-    values: np.ndarray     # (n,) float64 scores, or int64 labels
-
-
-class _BadRow(Exception):
-    """Row `args[0]` of the present chunk is not as it must be."""
-
-
-def trec_id(docid: str) -> str:
-    """`docid` as TREC files can hold it: ASCII white space inside becomes `_`, around it goes (some of BRIGHT's ids have spaces)."""
-    return b"_".join(docid.encode("utf-8", "surrogateescape").split()).decode("utf-8", "surrogateescape")
-
-
-def pack_ids(ids: Sequence[bytes]) -> np.ndarray:
-    """(W, n) words, as in TrecTable.docids."""
-    width = max(1, -(-max(map(len, ids), default=0) // 8))
-    return np.array(ids, f"S{8 * width}").view(">u8").reshape(-1, width).T.astype(WORD)
-
-
-def unpack_ids(words: np.ndarray) -> list[bytes]:
-    """What pack_ids was given."""
-    return np.ascontiguousarray(words.T, ">u8").view(f"S{8 * len(words)}").ravel().tolist()
-
-
-def widen(words: np.ndarray, width: int) -> np.ndarray:
-    """(width, n): the same ids in more words, the new ones zero."""
-    return np.concatenate([words, np.zeros((width - len(words), words.shape[1]), WORD)]) if len(words) < width else words
-
-
-def pair_keys(query: np.ndarray, docids: np.ndarray, salt: int = 0) -> np.ndarray:
-    """(n,) uint64: a hash of (query, docid). Equal pairs have equal keys; whoever finds equal keys must still compare the pairs."""
-    keys = (query.astype(WORD) + WORD(salt)) * WORD(0xD6E8FEB86659FD93)         # any large odd factors will do
-    for word in docids:
-        keys ^= word
-        keys *= WORD(0x9E3779B97F4A7C15)
-        keys ^= keys >> WORD(29)
-    return keys
-
-
-def read_trec(path: str | Path, kind: str, spaces: bool = False) -> TrecTable:
-    """Read "qrels" or a "run" (.gz too) as trec_eval does: fields between ASCII white space, `#` lines skipped, blank ones only in runs.
-
-    A run's fields after the sixth are ignored; with `spaces` more fields than expected mean a docid with spaces, which become `_`.
-    InputError for a line of the wrong width, a value that is no number, a document twice for one query, or no lines at all.
-    """
-    numbers: dict[bytes, int] = {}
-    queries, docids, values, rows = [], [], [], 0
-    try:
-        for chunk in _whole_lines(path):
-            ends = _field_ends(chunk, kind)
-            if ends is None:
-                chunk = _regular_lines(chunk, kind, spaces)
-                ends = _field_ends(chunk, kind, regular=True)
-            if len(ends):
-                for column, part in zip((queries, docids, values), _columns(chunk, ends, kind, numbers)):
-                    column.append(part)
-            rows += len(ends)
-        if not rows:
-            raise InputError(f"{path}:1: expected `{TREC_FORMATS[kind][3]}`, found nothing")
-    except _BadRow as bad:
-        number, line = _line(path, kind, rows + bad.args[0])
-        raise InputError(f"{path}:{number}: expected `{TREC_FORMATS[kind][3]}`, found {line!r:.80}") from None
-    width = max(map(len, docids))
-    table = TrecTable(list(numbers), np.concatenate(queries), np.concatenate([widen(part, width) for part in docids], axis=1),
-                      np.concatenate(values))
-    del queries, docids, values
-    again = _repeated_row(table)
-    if again is not None:
-        number, line = _line(path, kind, again)
-        raise InputError(f"{path}:{number}: expected a document only once for each query, found {line!r:.80} again")
-    return table
-
-
-def _whole_lines(path: str | Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """A file's bytes, about `size` at a time, cut between lines: memory stays small and in the processor's cache."""
+@contextlib.contextmanager
+def open_bytes(path: str | Path) -> Iterator:
+    """Open `path` to read bytes, those in a .gz, without a byte order mark. InputError for damaged gzip."""
     try:
         with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as file:
-            while chunk := file.read(size):
-                chunk += file.readline()
-                yield chunk if chunk.endswith(b"\n") else chunk + b"\n"
+            if file.peek(3).startswith(b"\xef\xbb\xbf"):
+                file.read(3)
+            yield file
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}: not a readable gzip file ({error})") from None
 
 
-def _field_ends(chunk: bytes, kind: str, regular: bool = False) -> np.ndarray | None:
-    """(n, width) positions of the white space after each field; None unless all lines are `width` fields, one blank or tab between.
-
-    `regular` lines come from _regular_lines: nothing is left to check, and all other control characters belong to ids.
-    """
-    width, text = TREC_FORMATS[kind][0], np.frombuffer(chunk, np.uint8)
-    if regular:
-        return np.flatnonzero((text == 32) | (text == 10)).reshape(-1, width)
-    ends = np.flatnonzero(text <= 32)
-    if len(ends) % width or (np.diff(ends, prepend=-1) < 2).any():             # an empty field
-        return None
-    white = text[ends].reshape(-1, width)
-    begins = np.append(0, ends[width - 1:-1:width] + 1)
-    usual = (white[:, -1] == 10).all() and ((white[:, :-1] == 32) | (white[:, :-1] == 9)).all() and (text[begins] != ord("#")).all()
-    return ends.reshape(-1, width) if usual else None
-
-
-def _split(line: bytes, kind: str, spaces: bool) -> list[bytes] | None:
-    """A line's fields, none where trec_eval skips it, None where it has the wrong width."""
-    width, fields = TREC_FORMATS[kind][0], line.split()
-    if fields and fields[0].startswith(b"#") or not fields and kind == "run":
-        return []
-    if spaces and len(fields) > width:                                         # split from both ends: what remains is the docid
-        last = len(fields) - (width - 3)
-        fields[2:last] = [b"_".join(fields[2:last])]
-    return fields[:width] if len(fields) == width or len(fields) > width and kind == "run" else None
-
-
-def _regular_lines(chunk: bytes, kind: str, spaces: bool) -> bytes:
-    """The lines that count, with one blank between fields. Slow, and seldom needed. _BadRow for a line of the wrong width."""
-    lines = []
-    for line in chunk.split(b"\n")[:-1]:
-        fields = _split(line, kind, spaces)
-        if fields is None or b"\0" in line:                                    # a zero byte would end a packed id
-            raise _BadRow(len(lines))
-        if fields:
-            lines.append(b" ".join(fields) + b"\n")
-    return b"".join(lines)
-
-
-def _columns(chunk: bytes, ends: np.ndarray, kind: str, numbers: dict[bytes, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A chunk's query, docids and values, as in TrecTable; a new query id gets the next number in `numbers`."""
-    _, field, convert, _ = TREC_FORMATS[kind]
-    text = np.frombuffer(chunk + bytes(8), np.uint8)                           # eight bytes can be read from any place
-    qids = _words(text, np.append(0, ends[:-1, -1] + 1), ends[:, 0])
-    changes = np.append(0, 1 + np.flatnonzero((qids[:, 1:] != qids[:, :-1]).any(axis=0)))
-    runs = [numbers.setdefault(qid, len(numbers)) for qid in unpack_ids(qids[:, changes])]
-    query = np.repeat(np.array(runs, np.int32), np.diff(changes, append=len(ends)))
-    docids, values = (_words(text, ends[:, i - 1] + 1, ends[:, i]) for i in (2, field))
-    return query, docids, _numbers(unpack_ids(values), convert)
-
-
-def _words(text: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """(W, n): the bytes of text[begin:end] for each of n fields, packed as in TrecTable.docids."""
-    anywhere = np.ndarray(len(text) - 7, ">u8", text, strides=1)               # [i]: the eight bytes from i on, as one integer
-    masks = np.array([2**64 - (1 << 8 * n) for n in range(8)] + [0], WORD)     # [n]: without the last n bytes
-    words = []
-    for place in range(0, int((end - begin).max()), 8):
-        word = anywhere[np.minimum(begin + place, len(anywhere) - 1)].astype(WORD)
-        words.append(word & masks[np.clip(begin + place + 8 - end, 0, 8)])
-    return np.stack(words)
-
-
-def _numbers(fields: list[bytes], convert: type) -> np.ndarray:
-    """(n,) float64 or int64 values. _BadRow for the first that is no number (trec_eval would silently take it for 0)."""
+def read_text(path: str | Path) -> str:
+    """The whole file as text. InputError names the line that is not UTF-8."""
+    with open_bytes(path) as file:
+        content = file.read()
     try:
-        values = np.fromiter(map(convert, fields), convert, len(fields))
-        if not np.isnan(values).any() and b"_" not in b"".join(fields):        # Python reads 1_000 as a number
-            return values
-    except (ValueError, OverflowError):
-        pass
-    if len(fields) == 1:
-        raise _BadRow(0)
-    for row, field in enumerate(fields):
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise InputError(f"{path}:{line}: expected UTF-8 text, found the byte 0x{byte:02x}") from None
+
+
+def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSON list or a JSONL file, each with its place ("file: record n", "file:line")."""
+    content = read_text(path)
+    is_list = content.lstrip().startswith("[")
+    # Only "\n" ends a line: str.splitlines would also cut at a U+2028 inside a JSON string.
+    for n, text in enumerate([content] if is_list else content.split("\n"), 1):
+        where = str(path) if is_list else f"{path}:{n}"
         try:
-            _numbers([field], convert)
-        except _BadRow:
-            raise _BadRow(row) from None
+            values = json.loads(text) if is_list else [json.loads(text)] if text.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: expected JSON ({error})") from None
+        for m, value in enumerate(values, 1):
+            where = f"{path}: record {m}" if is_list else where
+            if not isinstance(value, dict):
+                raise InputError(f"{where}: expected a JSON object, found {value!r:.40}")
+            yield where, value
 
 
-def _repeated_row(table: TrecTable) -> int | None:
-    """The first row whose query and document were in a row before it."""
-    keys = pair_keys(table.query, table.docids)
-    ordered, seen = np.sort(keys), set()
-    equal = ordered[1:][ordered[1:] == ordered[:-1]]
-    for row in np.flatnonzero(np.isin(keys, equal)) if len(equal) else ():
-        pair = (int(table.query[row]), table.docids[:, row].tobytes())
-        if pair in seen:
-            return int(row)
-        seen.add(pair)
-    return None
+# ---- TREC qrels and runs -----------------------------------------------------------------------------------
+
+TREC_FORMATS = {  # fields, the value's place, its type and how far from 0 it may be
+    "qrels": ("qid iter docid label", 3, int, 2**63 - 1),
+    "run": ("qid Q0 docid rank score tag", 4, float, math.inf)}
 
 
-def _line(path: str | Path, kind: str, row: int) -> tuple[int, str]:
-    """Number and text of the line that a table's row comes from. Looked up only to complain: counting all along would cost time."""
-    lines = (line for chunk in _whole_lines(path) for line in chunk.split(b"\n")[:-1])
-    for number, line in enumerate(lines, 1):
-        row -= _split(line, kind, False) != []
-        if row < 0:
-            return number, line.decode("utf-8", "replace")
-    return 0, "a line that cannot be read twice"                               # a pipe
+def encode(text: str) -> bytes:
+    """UTF-8; what `decode` could not read becomes the bytes that it was."""
+    return text.encode("utf-8", "surrogateescape")
 
 
-def _read_dicts(path: str | Path, kind: str) -> dict[str, dict]:
-    table = read_trec(path, kind, spaces=True)
-    qids, docids = ([name.decode("utf-8", "surrogateescape") for name in names] for names in (table.qids, unpack_ids(table.docids)))
-    result: dict[str, dict] = {qid: {} for qid in qids}
-    for query, docid, value in zip(table.query.tolist(), docids, table.values.tolist()):
-        result[qids[query]][docid] = value
-    return result
+def decode(content: bytes) -> str:
+    """UTF-8, as ids in TREC files should be; bytes that are not are kept as surrogates."""
+    return content.decode("utf-8", "surrogateescape")
+
+
+def trec_id(docid: str) -> str:
+    """`docid` as TREC files can hold it: ASCII white space inside becomes `_` (BRIGHT has such ids)."""
+    return decode(b"_".join(encode(docid).split()))
+
+
+def read_trec(path: str | Path, kind: str, as_text: bool = False) -> dict:
+    """{qid: {docid: value}} of "qrels" or a "run" (.gz too), in the file's order; labels int, scores float.
+
+    As trec_eval reads them: ids are bytes, fields stand between ASCII white space, `#` lines are skipped,
+    blank lines only in runs, a run's fields after the sixth are ignored. `as_text`: ids are strings, and
+    fields too many mean a docid with spaces, which become `_`. InputError names the line that has the wrong
+    width, no number for a value (trec_eval takes it for 0), or a document that came before for its query.
+    """
+    form, place, number, limit = TREC_FORMATS[kind]
+    width, hash_sign, underscore = len(form.split()), *b"#_"  # `35 in text` is faster than `b"#" in`
+    table: dict[bytes, dict[bytes, float]] = {}
+    newest, n, line = None, 1, b"nothing"
+    with open_bytes(path) as file:
+        for n, line in enumerate(file, 1):
+            fields = line.split()
+            if len(fields) != width or fields[0][0] == hash_sign:
+                if fields and fields[0][0] == hash_sign or kind == "run" and not fields:
+                    continue
+                if as_text and len(fields) > width:  # split from both ends: what remains is the docid
+                    last = len(fields) - (width - 3)
+                    fields[2:last] = [b"_".join(fields[2:last])]
+                elif len(fields) < width or kind == "qrels":
+                    break
+            qid, docid, text = fields[0], fields[2], fields[place]
+            if qid != newest:  # one look-up for each query and not for each line
+                row, newest = table.setdefault(qid, {}), qid
+            try:
+                value = number(text)
+            except ValueError:
+                break
+            # Not within the limits: NaN too. Python reads 1_000 as a number.
+            if docid in row or not -limit <= value <= limit or underscore in text or 0 in line:
+                break
+            row[docid] = value
+        else:
+            if table:
+                return table if not as_text else {decode(qid): {decode(docid): row[docid] for docid in row}
+                                                  for qid, row in table.items()}
+    found = line.decode("utf-8", "replace")
+    raise InputError(f"{path}:{n}: expected `{form}`, each document once for a query, found {found!r:.80}")
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
-    """{qid: {docid: label}} in the file's order. Spaces in docids become `_` (trec_id). InputError: see read_trec."""
-    return _read_dicts(path, "qrels")
+    """{qid: {docid: label}} in the file's order. Spaces in docids become `_`. InputError: see read_trec."""
+    return read_trec(path, "qrels", as_text=True)
 
 
 def read_run(path: str | Path) -> dict[str, dict[str, float]]:
-    """{qid: {docid: score}} in the file's order; the rank column is ignored. Otherwise as read_qrels."""
-    return _read_dicts(path, "run")
+    """{qid: {docid: score}} in the file's order; the rank column is ignored. InputError: see read_trec."""
+    return read_trec(path, "run", as_text=True)
 
 
 def write_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None:
-    """Write {qid: docids, best first} as a TREC run, with the scores n-1, n-2, ..., 0, so that no tie rule can undo the order.
-
-    Docids are written as trec_id gives them. InputError where two of a query's would then be one, or what no such file can hold.
+    """Write {qid: docids, best first} as a TREC run, with scores n-1 to 0, so that no tie can undo the order.
+    Docids are written as trec_id gives them. InputError: see check_run.
     """
     check_run(path, ranking, tag)
     with atomic_write(path, "wb") as file:
         for qid, docids in ranking.items():
-            lines = (f"{qid} Q0 {trec_id(docid)} {rank} {len(docids) - rank} {tag}\n" for rank, docid in enumerate(docids, 1))
-            file.write("".join(lines).encode("utf-8", "surrogateescape"))
+            for rank, docid in enumerate(docids, 1):
+                file.write(encode(f"{qid} Q0 {trec_id(docid)} {rank} {len(docids) - rank} {tag}\n"))
 
 
 def check_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None:
-    """InputError where `write_run` could not write this: no order changes that, so it can be asked before long work."""
+    """InputError where write_run could not write this, in whatever order: to be asked before long work."""
     if Path(path).is_dir():
         raise InputError(f"{path}: is a folder; expected the name of a run file to write")
     for qid, docids in ranking.items():
         names = [trec_id(docid) for docid in docids]
         for name in (qid, tag, *names):
             if not re.fullmatch(r"[^\s\0]+", name, re.ASCII) or qid.startswith("#"):
-                raise InputError(f"{path}: expected ids and a tag without white space, and no # before a query id, found {name!r}")
+                raise InputError(f"{path}: expected ids and a tag without white space, and no # before a "
+                                 f"query's, found {name!r}")
         if len(set(names)) < len(names):
-            twice = Counter(names).most_common(1)[0][0]
-            raise InputError(f"{path}: query {qid} has two documents {twice!r} (white space in ids is written as _)")
+            twice = max(names, key=names.count)
+            raise InputError(f"{path}: query {qid} has two documents {twice!r} (white space becomes _)")
 
 
 def write_qrels(path: str | Path, qrels: dict[str, dict[str, int]]) -> None:
     """Write {qid: {docid: label}} as TREC judgements."""
-    with atomic_write(path) as file:
-        file.writelines(f"{qid} 0 {trec_id(docid)} {label}\n" for qid, labels in qrels.items() for docid, label in labels.items())
+    with atomic_write(path, "wb") as file:
+        for qid, labels in qrels.items():
+            for docid, label in labels.items():
+                file.write(encode(f"{qid} 0 {trec_id(docid)} {label}\n"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# First-stage candidates: rank_llm JSONL and JSON, RankGPT/REARANK "hits" JSON
+# ---- First-stage candidates --------------------------------------------------------------------------------
 
-TEXT_FIELDS = ("contents", "content", "text", "segment", "passage", "body")  # names under which the field keeps a passage's text
+TEXT_FIELDS = ("contents", "content", "text", "segment", "passage", "body")  # where a passage's text may be
 
 
 @dataclasses.dataclass
@@ -419,87 +299,50 @@ class Candidates:
     scores: list[float]
 
 
-def read_text(path: str | Path) -> str:
-    """The whole file as text (UTF-8, .gz too, a byte order mark dropped). InputError names the line that is not UTF-8."""
-    content = read_bytes(path)
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: expected UTF-8 text, found the byte 0x{content[error.start]:02x}") from None
-
-
-def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """The objects of a JSON list or of a JSONL file, told apart by content, each with its place ("file:line", "file: record n")."""
-
-    def parse(text: str, where: str):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: expected JSON ({error})") from None
-
-    content = read_text(path)
-    if content.lstrip().startswith("["):
-        entries = ((f"{path}: record {n}", entry) for n, entry in enumerate(parse(content, str(path)), 1))
-    else:  # only "\n" ends a line: str.splitlines would also cut at a U+2028 inside a JSON string
-        lines = enumerate(content.split("\n"), 1)
-        entries = ((f"{path}:{n}", parse(line, f"{path}:{n}")) for n, line in lines if line.strip())
-    for where, entry in entries:
-        if not isinstance(entry, dict):
-            raise InputError(f"{where}: expected a JSON object, found {entry!r:.40}")
-        yield where, entry
-
-
-def _string(value, what: str, where: str) -> str:
+def _field(record: dict, names: Iterable[str], what: str, where: str) -> str:
+    """The string under the first of `names` in `record`; a whole number is taken as one (ids). InputError."""
+    value = next((record[name] for name in names if name in record), None)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
     if not isinstance(value, str):
-        raise InputError(f"{where}: expected {what} as a string, found {value!r:.40}")
-    return value.encode("utf-8", "replace").decode()  # JSON can smuggle in half a surrogate pair, which no file can hold
-
-
-def _identifier(value, what: str, where: str) -> str:
-    return _string(str(value) if isinstance(value, int) and not isinstance(value, bool) else value or None, what, where)
-
-
-def _repeated(values: Iterable[str]) -> str | None:
-    return next((value for value, count in Counter(values).items() if count > 1), None)
-
-
-def _passage_text(record: dict, where: str) -> str:
-    """The passage's text, after its title where it has one."""
-    text = next((record[name] for name in TEXT_FIELDS if name in record), None)
-    text = _string(text, f"a passage's text (under {', '.join(TEXT_FIELDS)})", where)
-    return f"{_string(record['title'], 'a title', where)} {text}".strip() if record.get("title") else text
+        raise InputError(f"{where}: expected {what} as a string ({', '.join(names)}), found {value!r:.40}")
+    return value.encode("utf-8", "replace").decode()  # JSON can smuggle in half a surrogate pair
 
 
 def _candidates(record: dict, where: str) -> Candidates:
-    hits = record.get("candidates", record.get("hits"))
-    if not isinstance(hits, list) or not all(isinstance(hit, dict) and isinstance(hit.get("doc", {}), dict) for hit in hits):
-        raise InputError(f'{where}: expected a list of objects under "candidates" (rank_llm) or "hits" (RankGPT, REARANK)')
-    query, qid = record.get("query"), record.get("qid")
-    if isinstance(query, dict):
-        query, qid = query.get("text"), query.get("qid")
-    elif qid is None and hits:
-        qid = hits[0].get("qid")
-    result = Candidates(_identifier(qid, "the query's id (qid)", where), _string(query, "the query's text", where), [], [], [])
+    """The list in one record, of any shape that read_candidates names."""
+    hits = next((record[name] for name in ("candidates", "hits", "ctxs") if name in record), None)
+    if not isinstance(hits, list) or not all(isinstance(hit, dict) and isinstance(hit.get("doc", {}), dict)
+                                             for hit in hits):
+        raise InputError(f'{where}: expected objects in a list "candidates" (rank_llm), "hits" (RankGPT) or '
+                         '"ctxs" (Rankify)')
+    head = record["query"] if isinstance(record.get("query"), dict) else record
+    qid = _field({**dict(*hits[:1]), **head}, ("qid", "query_id"), "the query's id", where)
+    query = _field(head, ("text", "query", "question"), "the query's text", where)
+    result = Candidates(qid, query, [], [], [])
     for n, hit in enumerate(hits, 1):
-        here = f"{where}, passage {n}"
-        score = hit.get("score")
+        here, doc, score = f"{where}, passage {n}", hit.get("doc", hit), hit.get("score")
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not -1e300 < score < 1e300:
             raise InputError(f"{here}: expected a finite number as score, found {score!r:.40}")
-        result.docids.append(_identifier(hit.get("docid"), "the passage's id (docid)", here))
-        result.texts.append(_passage_text(hit.get("doc", hit), here))
+        text = _field(doc, TEXT_FIELDS, "the passage's text", here)
+        title = _field(doc, ("title",), "a title", here) if doc.get("title") else ""
+        result.docids.append(_field(hit, ("docid", "id"), "the passage's id", here))
+        result.texts.append(f"{title} {text}".strip() if title else text)
         result.scores.append(float(score))
-    if _repeated(result.docids) is not None:
-        raise InputError(f"{where}: passage {_repeated(result.docids)} is there twice for query {result.qid}")
+    if "" in (qid, *result.docids) or len(set(result.docids)) < len(hits):
+        raise InputError(f"{where}: expected ids that are not empty, and no passage twice for query {qid!r}")
     return result
 
 
 def read_candidates(path: str | Path) -> list[Candidates]:
-    """Read first-stage lists, in the file's order: that order is the ranking, scores are only carried along.
+    """Read first-stage lists in the file's order: that order is the ranking, scores are only carried along.
 
-    rank_llm: {"query": {"text", "qid"}, "candidates": [{"docid", "score", "doc": {"contents", ...}}]}; RankGPT and REARANK:
-    {"query", "hits": [{"content", "qid", "docid", "score"}]}; one object a line or one JSON list, .gz of each. Ids become strings.
-    InputError names file and line (or record) where a field is missing or of the wrong type, a passage or a query is there twice.
+    One object a line or one JSON list, .gz of each, of one of three shapes; ids become strings:
+    rank_llm           {"query": {"text", "qid"}, "candidates": [{"docid", "score", "doc": {"contents"}}]}
+    RankGPT, REARANK   {"query", "hits": [{"content", "qid", "docid", "score"}]}
+    Rankify            {"question", "query_id", "ctxs": [{"id", "title", "text", "score"}]}
+    (The last is what Rankify's own loader reads; we have not opened one of its files.) InputError names file
+    and line or record where a field is missing or of the wrong type, a passage or a query is there twice.
     """
     queries: dict[str, Candidates] = {}
     for where, record in read_records(path):
@@ -518,21 +361,23 @@ def write_candidates(path: str | Path, candidates: Iterable[Candidates]) -> None
         for query in candidates:
             hits = [{"docid": docid, "score": float(score), "doc": {"contents": text}}
                     for docid, text, score in zip(query.docids, query.texts, query.scores, strict=True)]
-            line = {"query": {"text": query.query, "qid": query.qid}, "candidates": hits}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            record = {"query": {"text": query.query, "qid": query.qid}, "candidates": hits}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Initial state expansion (paper section 3.2)
+# ---- Initial state expansion (paper section 3.2) -----------------------------------------------------------
 
-PAPER_QUERIES = 179  # of the 211 judged queries of DL21, DL22 and DL23 those whose BM25 list has an NDCG@10 above 0
+STAGES = {  # as the authors' notebook counts them; on DL21 + DL22 + DL23: 211, 179, 17900, 13312, 12603
+    "judged": "queries with candidates and judgements",
+    "found": "queries whose first-stage NDCG@10 is above 0 (the paper trains on 179)",
+    "draws": "draws", "above": "draws that pass the NDCG@10 filter",
+    "kept": "instances: draws with something to gain as well"}
 
 
 @dataclasses.dataclass
 class Instance:
-    """One training prompt: a window of passages in their initial order, with the label of each.
-
-    `ideal` are all judged labels of the query (the ideal of NDCG is taken over them, not over the window).
+    """One training prompt: passages in their initial order with the label of each, and all judged labels of
+    the query (`ideal`: the ideal of NDCG is taken over them, not over the window).
     """
 
     qid: str
@@ -543,121 +388,163 @@ class Instance:
     ideal: list[int]
 
 
-def expand(candidates: list[Candidates], qrels: dict[str, dict[str, int]], draws: int = 100, size: int = 20, order: str = "retrieval",
-           keep: str = "initial", min_ndcg: float = 0.1, seed: int = 0, exclude: Container[str] = (),
-           counts: Counter | None = None) -> list[Instance]:
-    """Many training prompts from few queries: of each list `draws` times `size` passages, drawn without replacement.
+def _labels(query: Candidates, judged: dict[str, int]) -> list[int]:
+    """The labels of a list's passages; without a judgement, or below 0: not relevant."""
+    return [max(0, judged.get(trec_id(docid), 0)) for docid in query.docids]
 
-    Queries without judgements or with a list of NDCG@10 = 0 are dropped, and those whose id is in `exclude` (held out). `order`:
-    a draw stays in "retrieval" order or is "shuffled". `keep`: draws whose "initial" NDCG@10 is at least `min_ndcg` and that have
-    something to gain, whose "best" possible NDCG@10 is at least `min_ndcg`, or "all". A list of at most `size` passages gives one
-    draw, the whole list. `counts`, if given, receives how many passed each stage (see STAGES). Every query draws from its own random
-    stream, made from seed and qid: other queries, or their order, change nothing. InputError (a ValueError) where a setting makes no sense.
+
+def expand(candidates: list[Candidates], qrels: dict[str, dict[str, int]], draws: int = 100, size: int = 20,
+           order: str = "retrieval", keep: str = "initial", min_ndcg: float = 0.1, seed: int = 0,
+           exclude: Container[str] = (), counts: Counter | None = None) -> list[Instance]:
+    """Many prompts from few queries: of each list `draws` times `size` passages, drawn without replacement.
+
+    Dropped: queries without judgements or with a list of NDCG@10 = 0, and those in `exclude` (held out).
+    `order`: a draw stays in "retrieval" order or is "shuffled". `keep`: draws whose "initial" NDCG@10 is at
+    least `min_ndcg` and that have something to gain, whose "best" possible one is, or "all". A list of at
+    most `size` passages gives one draw, the whole list. `counts` receives how many passed each of STAGES.
+    InputError where a setting makes no sense.
     """
-    if order not in ("retrieval", "shuffled") or keep not in ("initial", "best", "all") or draws < 1 or size < 1:
-        raise InputError(f"expected order retrieval|shuffled, keep initial|best|all, draws >= 1 and size >= 1, found {order}, {keep}, "
-                         f"{draws} and {size}")
-    counts = Counter() if counts is None else counts
-    instances = []
+    known = order in ("retrieval", "shuffled") and keep in ("initial", "best", "all")
+    if not known or min(draws, size) < 1:
+        raise InputError("expected order retrieval|shuffled, keep initial|best|all, draws and size >= 1, "
+                         f"found {order}, {keep}, {draws} and {size}")
+    instances, counts = [], Counter() if counts is None else counts
     for query in candidates:
         judged = qrels.get(query.qid)
         if not judged or query.qid in exclude:
             continue
-        labels, ideal = [max(0, judged.get(trec_id(docid), 0)) for docid in query.docids], list(judged.values())
+        labels, ideal = _labels(query, judged), list(judged.values())
         counts["judged"] += 1
         if ndcg(labels, ideal=ideal) == 0:
             continue
         counts["found"] += 1
-        rng = random.Random(f"{seed}\t{query.qid}")  # seeds by the text itself; hash() would differ from process to process
+        # Each query has its own random stream, so that other queries change nothing. It is seeded by the text
+        # itself: hash() differs from process to process.
+        rng = random.Random(f"{seed}\t{query.qid}")
         for _ in range(draws if len(labels) > size else 1):
-            positions = rng.sample(range(len(labels)), min(size, len(labels)))  # both orders draw the same passages
+            places = rng.sample(range(len(labels)), min(size, len(labels)))  # the same ones in both orders
             if order == "retrieval":
-                positions.sort()
-            drawn = [labels[position] for position in positions]
+                places.sort()
+            drawn = [labels[place] for place in places]
             initial, best = ndcg(drawn, ideal=ideal), ndcg(sorted(drawn, reverse=True), ideal=ideal)
             above = keep == "all" or (initial if keep == "initial" else best) >= min_ndcg
             kept = above and (keep != "initial" or best > initial)
             counts.update(draws=1, above=above, kept=kept)
             if kept:
-                docids, texts = [query.docids[p] for p in positions], [query.texts[p] for p in positions]
+                docids, texts = [query.docids[p] for p in places], [query.texts[p] for p in places]
                 instances.append(Instance(query.qid, query.query, docids, texts, drawn, ideal))
     return instances
 
 
-STAGES = {  # the stages as the authors' notebook prints them; on DL21 + DL22 + DL23: 211, 179, 17900, 13312, 12603
-    "judged": "queries with candidates and judgements",
-    "found": "queries whose first-stage NDCG@10 is above 0",
-    "draws": "draws",
-    "above": "draws that pass the NDCG@10 filter",
-    "kept": "instances: draws with something to gain as well",
-}
-
-
-def repeated_passages(candidates: list[Candidates], qrels: dict[str, dict[str, int]]) -> tuple[int, int]:
-    """(passages whose text another passage of the same list already has, those of them whose label differs from its label).
-
-    Label differences between equal texts are noise that no ranker can learn: MS MARCO v2 has 795 repeats in DL21's 5,300 passages.
-    """
-    repeats = differing = 0
-    for query in candidates:
-        judged, first = qrels.get(query.qid, {}), {}  # first: text with white space collapsed -> label of its first passage
-        for docid, text in zip(query.docids, query.texts):
-            text, label = " ".join(text.split()), judged.get(trec_id(docid), 0)
-            repeats += text in first
-            differing += first.setdefault(text, label) != label
-    return repeats, differing
+def _instance_line(instance: Instance) -> str:
+    return json.dumps(vars(instance), ensure_ascii=False) + "\n"
 
 
 def write_instances(path: str | Path, instances: Iterable[Instance]) -> None:
     """One instance a line, as JSON; read_instances gives the same back."""
     with atomic_write(path) as file:
-        for instance in instances:
-            file.write(json.dumps(vars(instance), ensure_ascii=False) + "\n")
+        file.writelines(map(_instance_line, instances))
 
 
 def read_instances(path: str | Path) -> list[Instance]:
-    """Read what write_instances wrote (or somebody made in that form). InputError names the line that does not fit."""
-    instances = []
+    """Read what write_instances wrote (or somebody made in that form). InputError names the bad line."""
+    instances, names = [], [field.name for field in dataclasses.fields(Instance)]
     for where, record in read_records(path):
-        lists = [record.get(name) for name in ("docids", "texts", "labels", "ideal")]
-        if set(record) != {field.name for field in dataclasses.fields(Instance)} or not all(isinstance(values, list) for values in lists):
+        qid, query, *lists = [record.get(name) for name in names]
+        if set(record) != set(names) or not all(isinstance(values, list) for values in lists):
             raise InputError(f"{where}: expected qid, query and the lists docids, texts, labels, ideal")
-        strings, numbers = [record["qid"], record["query"], *lists[0], *lists[1]], [*lists[2], *lists[3]]
-        if {*map(type, strings)} != {str} or {*map(type, numbers)} != {int} or not len(lists[0]) == len(lists[1]) == len(lists[2]) > 0:
-            raise InputError(f"{where}: expected as many texts (strings) and labels (integers) as docids (strings), and at least one")
+        docids, texts, labels, ideal = lists
+        strings, numbers = {type(x) for x in [qid, query, *docids, *texts]}, {type(x) for x in labels + ideal}
+        if strings != {str} or numbers != {int} or not len(docids) == len(texts) == len(labels) > 0:
+            raise InputError(f"{where}: expected as many texts (strings) and labels (integers) as docids "
+                             "(strings), and at least one")
         instances.append(Instance(**record))
     return instances
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# BRIGHT: 12 splits, reasoning-intensive queries (arXiv 2407.12883)
+# ---- Training data for grpo.py -----------------------------------------------------------------------------
 
-BRIGHT_SPLITS = ("biology", "earth_science", "economics", "psychology", "robotics", "stackoverflow", "sustainable_living", "pony",
-                 "leetcode", "aops", "theoremqa_theorems", "theoremqa_questions")
-# Where a file of a split lies below a folder, the first pattern that matches. The authors' archive writes theoremqa_theorems ({u}),
-# castorini's files theoremqa-theorems ({h}).
+
+def training_instances(data: list[str], qrels: Iterable[str] = (),
+                       **expansion) -> tuple[list[Instance], dict]:
+    """(instances, what they are) of files or data sets; candidates go through `expand` with `expansion`.
+
+    Each of `data` is a file of instances, a file of candidates (`qrels`: the files with their judgements) or
+    a name: "rearank_12k" or one of TABLE_1, downloaded where it is missing. ["auto"] is rearank_12k if it is
+    there, else DL21 and DL22. What they are: {"data": the names and files, never "auto", that give the same
+    again, "instances": n, "queries": n, "sha256" of the file that write_instances would write}. InputError
+    where nothing is left, or for a query that is in two lists of candidates.
+    """
+    counts = expansion.setdefault("counts", Counter())
+    if "auto" in data and len(data) > 1:
+        raise InputError("auto: expected no other data beside it")
+    pool = "auto" in data and not Path(cache_folder(), "rearank_12k", WINDOWS).exists()
+    chosen = list(data) if "auto" not in data else ["dl21", "dl22"] if pool else ["rearank_12k"]
+    judged: dict[str, dict[str, int]] = {}
+    for path in qrels:
+        for qid, labels in read_qrels(path).items():
+            judged.setdefault(qid, {}).update(labels)
+    instances, seen = [], {}
+    for name in chosen:
+        found, labels = _load(name, judged)
+        for query in found if labels else ():
+            if query.qid in seen:
+                raise InputError(f"query {query.qid} is in both {seen[query.qid]} and {name}")
+            seen[query.qid] = name
+        instances += expand(found, labels, **expansion) if labels else found
+    if not instances:
+        raise InputError(f"{' '.join(chosen)}: no instances; expected candidates and judgements of the same "
+                         "queries, with something relevant in the lists")
+    if pool:
+        print(f"training data: DL21 and DL22, {counts['found']} of the paper's 179 queries; the authors' own "
+              "windows have all of them: python data.py download rearank_12k", file=sys.stderr)
+    queries, sha256 = {instance.qid for instance in instances}, hashlib.sha256()
+    for instance in instances:
+        sha256.update(_instance_line(instance).encode("utf-8", "surrogatepass"))
+    return instances, {"data": chosen, "instances": len(instances), "queries": len(queries),
+                       "sha256": sha256.hexdigest()}
+
+
+def _load(name: str, judged: dict) -> tuple[list[Instance], None] | tuple[list[Candidates], dict]:
+    """(instances, None) or (candidates, qrels) of one entry of `data`; `judged`: what the qrels files say."""
+    if name in TABLE_1:
+        candidates, qrels = download(name)
+        return read_candidates(candidates), read_qrels(qrels)
+    if name == "rearank_12k":
+        return read_instances(*download(name)), None
+    if not Path(name).exists():
+        raise InputError(f"{name}: expected a file or one of auto, rearank_12k, {', '.join(TABLE_1)}")
+    if "labels" in next(read_records(name), ("", {}))[1]:
+        return read_instances(name), None
+    if not judged:
+        raise InputError(f"{name}: expected instances, or --qrels with the judgements of these candidates")
+    return read_candidates(name), judged
+
+
+# ---- BRIGHT: 12 splits, reasoning-intensive queries (arXiv 2407.12883) -------------------------------------
+
+BRIGHT_SPLITS = ("biology earth_science economics psychology robotics stackoverflow sustainable_living pony "
+                 "leetcode aops theoremqa_theorems theoremqa_questions").split()
+# Where a file of a split lies below a folder, the first pattern that matches. The authors' archive writes
+# theoremqa_theorems ({u}), castorini's files theoremqa-theorems ({h}).
 BRIGHT_FILES = {
     "queries": ("**/pyserini_queries/{u}.tsv", "**/topics.bright-{h}.tsv*"),
     "corpus": ("**/pyserini_corpus/{u}/{u}.jsonl",),
     "qrels": ("**/pyserini_qrels/{u}.tsv", "**/qrels.bright-{h}.txt*"),
     "fixed qrels": ("**/qrels.bright-{h}.fixed.txt*",),
     "exclude": ("**/exclude.bright-{h}.txt*", "**/topics.bright-{h}-original.jsonl*"),
-    "run": ("**/bm25.{u}.filtered.trec", "**/*{u}*.trec*", "**/*{h}*.trec*", "**/*{u}*.txt*", "**/*{h}*.txt*"),
-}
+    "run": ("**/bm25.{u}.filtered.trec", *(f"**/*{{{x}}}*.{end}*" for end in ("trec", "txt") for x in "uh"))}
 
 
 def bright_file(folder: str | Path, split: str, kind: str) -> Path | None:
-    """The file of `split` (with _ or -) of that kind (see BRIGHT_FILES) below `folder`, None if there is none.
-
-    InputError for an unknown split, a folder that is not there, or where two files of one pattern could be meant.
-    """
+    """The file of `split` of that kind (BRIGHT_FILES) below `folder`, or None. InputError if two fit."""
     under = split.replace("-", "_")
     if under not in BRIGHT_SPLITS:
         raise InputError(f"no BRIGHT split {split!r}: expected {', '.join(BRIGHT_SPLITS)}")
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: expected a folder with BRIGHT files")
     for pattern in BRIGHT_FILES[kind]:
-        found = sorted(path for path in Path(folder).glob(pattern.format(u=under, h=under.replace("_", "-"))) if path.is_file())
+        found = sorted(Path(folder).glob(pattern.format(u=under, h=under.replace("_", "-"))))
         if len(found) > 1:
             raise InputError(f"{folder}: {found[0]} and {found[1]} could both be the {kind} of {split}")
         if found:
@@ -665,88 +552,96 @@ def bright_file(folder: str | Path, split: str, kind: str) -> Path | None:
     return None
 
 
-def read_excluded(path: str | Path) -> dict[str, set[str]]:
-    """{qid: documents to take out of its candidates}, ids with "_" for spaces: lines "qid docid" or BRIGHT's own rows as JSONL."""
-    excluded: dict[str, set[str]] = {}
-    if read_text(path).lstrip().startswith("{"):
-        for where, record in read_records(path):
-            docids = record.get("excluded_ids")
-            if not isinstance(docids, list) or not all(isinstance(docid, str) for docid in docids):
-                raise InputError(f"{where}: expected excluded_ids as a list of strings")
-            qid = trec_id(_identifier(record.get("id"), "the query's id", where))
-            excluded.setdefault(qid, set()).update(trec_id(docid) for docid in docids if docid != "N/A")
-        return {qid: docids for qid, docids in excluded.items() if docids}
+def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
+    """(id, rest) of each line that is not blank: a query and its text, or a query and an excluded docid."""
     for n, line in enumerate(read_text(path).split("\n"), 1):
-        words = line.split(maxsplit=1)
+        words = line.strip().split(maxsplit=1)
         if len(words) == 1:
-            raise InputError(f"{path}:{n}: expected `qid docid`, found {line!r:.40}")
+            raise InputError(f"{path}:{n}: expected an id and a text or second id, found {line!r:.60}")
         if words:
-            excluded.setdefault(words[0], set()).add(trec_id(words[1].strip()))
+            yield words[0], words[1]
+
+
+def read_excluded(path: str | Path) -> dict[str, set[str]]:
+    """{qid: documents to take out of its candidates}, ids with "_" for spaces, queries without any left out;
+    from lines "qid docid" or BRIGHT's own rows as JSONL ({"id", "excluded_ids"}, where "N/A" means none).
+    """
+    excluded: dict[str, set[str]] = {}
+    rows = read_records(path) if read_text(path).lstrip().startswith("{") else ()
+    for where, row in rows:
+        docids = row.get("excluded_ids")
+        if not isinstance(docids, list) or not all(isinstance(docid, str) for docid in docids):
+            raise InputError(f"{where}: expected excluded_ids as a list of strings")
+        if docids := {trec_id(docid) for docid in docids if docid != "N/A"}:
+            excluded.setdefault(_field(row, ("id",), "the query's id", where), set()).update(docids)
+    for qid, docid in () if rows else read_pairs(path):
+        excluded.setdefault(qid, set()).add(trec_id(docid))
     return excluded
 
 
-def ranked(scores: dict[str, float], excluded: Container[str] = ()) -> list[str]:
-    """Docids by falling score, equal scores by docid descending (trec_eval's order), without the excluded ones."""
-    return [docid for docid in sorted(scores, key=lambda docid: (scores[docid], docid), reverse=True) if docid not in excluded]
+def read_bright(split: str, folder: str | Path, exclude: dict[str, set[str]] | None = None, k: int = 100,
+                ) -> list[Candidates]:
+    """A split's BM25 lists with passages: excluded documents go first, then the list is cut to `k`.
 
-
-def read_bright(split: str, folder: str | Path, exclude: dict[str, set[str]] | None = None, k: int = 100) -> list[Candidates]:
-    """A split's BM25 lists with passages from the unpacked archive: excluded documents go first, then the list is cut to `k`.
-
-    `exclude` as read_excluded gives it; by default from the split's own file below `folder`, where there is one. (The archive's runs come
-    filtered, but the public scripts behind them cut to 100 first, which shortens leetcode's lists: put a longer run in the place of one.)
+    `exclude` as read_excluded gives it; by default from the split's own file below `folder`, if it has one.
+    (The archive's runs come filtered, but after a cut to 100: for whole lists put longer runs there.)
     """
     files = {kind: bright_file(folder, split, kind) for kind in ("queries", "corpus", "run", "exclude")}
-    missing = [kind for kind in ("queries", "corpus", "run") if files[kind] is None]
-    if missing:
-        raise InputError(f"{folder}: no {' and no '.join(missing)} of BRIGHT's {split} (python data.py download bright)")
+    if missing := [kind for kind in ("queries", "corpus", "run") if files[kind] is None]:
+        raise InputError(f"{folder}: no {' and no '.join(missing)} of BRIGHT's {split} "
+                         "(python data.py download bright)")
     if exclude is None:
         exclude = read_excluded(files["exclude"]) if files["exclude"] else {}
-    queries, passages = dict(zip(*read_texts(files["queries"]))), dict(zip(*read_texts(files["corpus"])))
-    passages = {trec_id(docid): text for docid, text in passages.items()}
+    queries = dict(read_pairs(files["queries"]))
+    passages = {trec_id(_field(record, ("id",), "the passage's id", where)):
+                _field(record, TEXT_FIELDS, "the passage's text", where)
+                for where, record in read_records(files["corpus"])}
     lists = []
     for qid, scores in read_run(files["run"]).items():
-        docids = ranked(scores, exclude.get(qid, ()))[:k]
-        unknown = [docid for docid in docids if docid not in passages] or ([] if qid in queries else [f"query {qid}"])
-        if unknown:
-            raise InputError(f"{files['run']}: {unknown[0]} is not in BRIGHT's {split}")
-        lists.append(Candidates(qid, queries[qid], docids, [passages[docid] for docid in docids], [scores[docid] for docid in docids]))
+        ranked = sorted(scores, key=lambda docid: (scores[docid], docid), reverse=True)  # trec_eval's order
+        docids = [docid for docid in ranked if docid not in exclude.get(qid, ())][:k]
+        if qid not in queries or (unknown := [docid for docid in docids if docid not in passages]):
+            what = f"query {qid}" if qid not in queries else unknown[0]
+            raise InputError(f"{files['run']}: {what} is not in BRIGHT's {split}")
+        texts, kept = [passages[docid] for docid in docids], [scores[docid] for docid in docids]
+        lists.append(Candidates(qid, queries[qid], docids, texts, kept))
     return lists
 
 
-def bright_scores(run: str | Path, qrels: str | Path, excluded: dict[str, set[str]] | None = None) -> dict[str, float]:
-    """NDCG@10 of each judged query, in trec_eval's order of the run; a query that the run lacks has 0 (as with trec_eval -c)."""
-    excluded, scores, result = excluded or {}, read_run(run), {}
-    for qid, judged in read_qrels(qrels).items():
-        labels = [judged.get(docid, 0) for docid in ranked(scores.get(qid, {}), excluded.get(qid, ()))]
-        result[qid] = ndcg(labels, ideal=list(judged.values()))
-    return result
+# ---- Downloads ---------------------------------------------------------------------------------------------
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Downloads: the public files
-
-LISTS = "https://huggingface.co/datasets/castorini/rank_llm_data/resolve/main/retrieve_results/BM25/retrieve_results_"
+HUB = "castorini/rank_llm_data/retrieve_results/BM25/retrieve_results_"  # on the hub: owner/data set/file
+LIGHT = "abdoelsayed/reranking-datasets-light/bm25/beir/"
 NIST = "https://trec.nist.gov/data/deep/"
-BEIR = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/"
-SOURCES: dict[str, dict[str, str]] = {  # data set -> {address: MD5 checksum, "" where none is published}; archives are unpacked
-    "dl19": {LISTS + "dl19_top100.jsonl": "518ab9f821fb74d862589d1d141c208e",
-             NIST + "2019qrels-pass.txt": "2f4be390198da108f6845c822e5ada14"},
-    "dl20": {LISTS + "dl20_top100.jsonl": "3b6397f50fd78229e8d733243745a6d4",
-             NIST + "2020qrels-pass.txt": "0355ccee7509ac0463e8278186cdd8d1"},
-    "dl21": {LISTS + "dl21_top100.jsonl": "6ca5e405c55fc2280d66eb0afc7416f5",
-             NIST + "2021.qrels.pass.final.txt": "c5b76ec95b589732edc9040302e22a2b"},
-    "dl22": {LISTS + "dl22_top100.jsonl": "08322ee30bf084d1309f5c5a515f2f18",
-             NIST + "2022.qrels.pass.withDupes.txt": "b36484d6cfd039664a570a4bf04f0eeb"},
-    "dl23": {NIST + "2023.qrels.pass.withDupes.txt": "3a742d51ae65da2ece9c09b304b9e358"},
-    "bright": {"https://huggingface.co/datasets/le723z/bright_tar/resolve/main/bright.tar.gz": ""},
-    "beir-trec-covid": {BEIR + "trec-covid.zip": "ce62140cb23feb9becf6270d0d1fe6d1"},
-    "beir-nfcorpus": {BEIR + "nfcorpus.zip": "a89dba18a62ef92f7d323ec890a0d38d"},
-    "beir-dbpedia-entity": {BEIR + "dbpedia-entity.zip": "c2a39eb420a3164af735795df012ac2c"},
-    "beir-scifact": {BEIR + "scifact.zip": "5f7d1de60b170fc8027bb7898e2efca1"},
-}
-DL23_PASSAGES = "dl23/retrieve_results_dl23_top100.jsonl"  # below the cache folder; only the user can put it there
-TIMEOUT, TRIES, WAIT = 30.0, 3, 1.0  # seconds of silence that count as a stall; fruitless tries in a row; seconds before the second
+BEIR = ("https://raw.githubusercontent.com/castorini/anserini-tools/"  # at a commit, as later ones moved it
+        "5b819c1a45c8a0a3ec9426f476694f44a29dfaf3/qrels/qrels.beir-v1.0.0-")
+TABLE_1 = {  # (candidates, their MD5 ("": none known), judgements, theirs, the paper's NDCG@10 x 100 of BM25)
+    "dl19": (HUB + "dl19_top100.jsonl", "518ab9f821fb74d862589d1d141c208e",
+             NIST + "2019qrels-pass.txt", "2f4be390198da108f6845c822e5ada14", 50.58),
+    "dl20": (HUB + "dl20_top100.jsonl", "3b6397f50fd78229e8d733243745a6d4",
+             NIST + "2020qrels-pass.txt", "0355ccee7509ac0463e8278186cdd8d1", 47.96),
+    "dl21": (HUB + "dl21_top100.jsonl", "6ca5e405c55fc2280d66eb0afc7416f5",
+             NIST + "2021.qrels.pass.final.txt", "c5b76ec95b589732edc9040302e22a2b", None),
+    "dl22": (HUB + "dl22_top100.jsonl", "08322ee30bf084d1309f5c5a515f2f18",
+             NIST + "2022.qrels.pass.withDupes.txt", "b36484d6cfd039664a570a4bf04f0eeb", None),
+    "covid": (HUB + "covid_top100.jsonl", "7dd70b911afc40647c37580e2f17a27f",
+              BEIR + "trec-covid.test.txt", "1e130db6fb3f9c217a17b024cb5381be", 59.47),
+    "nfcorpus": (LIGHT + "nfc.json", "",
+                 BEIR + "nfcorpus.test.txt", "d0655f2827d0355f62b1e0f7a30f0254", 30.75),
+    "dbpedia": (LIGHT + "dbpedia.json", "",
+                BEIR + "dbpedia-entity.test.txt", "908791ee9f185f3cf83f0df32a776d94", 31.80),
+    "scifact": (LIGHT + "scifact.json", "",
+                BEIR + "scifact.test.txt", "2edf8f4c5cb2ebf9f4fd9a0b9a389133", 67.89),
+    "signal": (LIGHT + "signal.json", "",
+               BEIR + "signal1m.test.txt", "a8657d043c4a11183ba945f766c0158b", 33.05),
+    "news": (HUB + "news_top100.jsonl", "3fa0063db9ba1dcfc5b527a062d41720",
+             BEIR + "trec-news.test.txt", "59e152bcc7abfd5f1b46df31bd3c4f18", 39.52),
+    "robust04": (LIGHT + "robust04.json", "", BEIR + "robust04.test.txt", "", 40.70)}
+DL23 = (NIST + "2023.qrels.pass.withDupes.txt", "3a742d51ae65da2ece9c09b304b9e358")
+BRIGHT_ARCHIVE = "le723z/bright_tar/bright.tar.gz"  # no checksum is published for it
+ROWS = "https://datasets-server.huggingface.co"  # the hub's service that gives a data set's rows as JSON
+WINDOWS, PAGE = "instances.jsonl", 100  # the file below rearank_12k; rows that the service gives at a time
+TIMEOUT, TRIES, WAIT = 30.0, 4, 1.0  # seconds of silence that are a stall; tries; seconds before the second
 
 
 def cache_folder() -> Path:
@@ -754,341 +649,186 @@ def cache_folder() -> Path:
     return Path(os.environ.get("REARANK_DATA") or "~/.cache/rearank").expanduser()
 
 
-def file_md5(path: Path) -> str:
-    """The MD5 of a file, in hexadecimal. (It is what the publishers give: it guards against damage, not against malice.)"""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
-
-
 def download(name: str) -> list[Path]:
-    """Fetch a data set of SOURCES into cache_folder()/name unless it is there and valid. Returns its files; for an archive, its folder.
-
-    InputError in one line: an unknown name, what cannot be reached, a wrong checksum, an unsafe or damaged archive.
+    """Fetch a data set into cache_folder()/name where it is missing or damaged; [candidates, judgements], of
+    bright [folder], of rearank_12k [instances]. InputError: unknown, not reached, wrong checksum or archive.
     """
-    if name not in SOURCES:
-        raise InputError(f"no data set {name!r}: expected {', '.join(SOURCES)}")
-    folder, places = cache_folder() / name, []
-    for url, md5 in SOURCES[name].items():
-        file = url.rsplit("/", 1)[-1]
-        if not file.endswith((".zip", ".tar.gz")):
-            places.append(fetch(url, folder / file, md5))
-            continue
-        if not folder.is_dir():
-            archive = fetch(url, folder.with_name(file), md5)
-            try:
-                unpack(archive, folder)
-            finally:
-                archive.unlink()
-        places.append(folder)
-    return places
+    folder = cache_folder() / name
+    if name == "rearank_12k":
+        return [download_windows(folder)]
+    if name == "bright":
+        return [folder if folder.is_dir() else unpack(from_hub(BRIGHT_ARCHIVE, folder), folder)]
+    if name not in TABLE_1:
+        raise InputError(f"no data set {name!r}: expected {', '.join([*TABLE_1, 'bright', 'rearank_12k'])}")
+    candidates, candidates_md5, qrels, qrels_md5, _ = TABLE_1[name]
+    return [fetch(candidates, folder, candidates_md5), fetch(qrels, folder, qrels_md5)]
 
 
-def fetch(url: str, path: Path, md5: str = "") -> Path:
-    """Bring `url` to `path`, whole and verified or not at all. What has arrived before a cut stays in `path`.part and is continued."""
-    if path.exists() and (not md5 or file_md5(path) == md5):
+def fetch(source: str, folder: Path, md5: str) -> Path:
+    """Bring one file (an address, or owner/name/file on the hub) to `folder`: verified, or nothing at all."""
+    path = folder / source.rsplit("/", 1)[-1]
+    if path.exists() and md5 in ("", hashlib.md5(path.read_bytes()).hexdigest()):
         return path
-    import http.client
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    failures = 0
-    while True:
-        before = part.stat().st_size if part.exists() else 0
-        try:
-            _fetch_rest(url, part, before)
-            break
-        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-            code = getattr(error, "code", None)
-            if code == 416:  # nothing after what we have: it is no beginning of this file
-                part.unlink(missing_ok=True)
-            failures = 1 if part.exists() and part.stat().st_size > before else failures + 1
-            if failures >= TRIES or code in (401, 403, 404, 410):
-                reason = getattr(error, "reason", None) or error
-                raise InputError(f"cannot fetch {url} ({reason}); try again later or put the file at {path} by hand") from None
-            time.sleep(WAIT * 2 ** (failures - 1))
-    found = file_md5(part)
-    if md5 and found != md5:
-        part.unlink()
-        raise InputError(f"{url}: wrong checksum, expected md5 {md5}, got {found}; nothing was kept")
-    os.replace(part, path)
+    by_hand = f"or put the file at {path} by hand"
+    copy = None if source.startswith("http") else from_hub(source, path)
+    content = copy.read_bytes() if copy else read_url(source, by_hand)
+    found = hashlib.md5(content).hexdigest()  # against damage; it is no protection from malice
+    if md5 not in ("", found) or content.lstrip().startswith(b"<"):  # the latter: a page about an error
+        if copy:
+            copy.resolve().unlink()  # or the hub's cache would give it again
+        expected = f"a file of MD5 {md5}" if md5 else "data"
+        raise InputError(f"{source}: expected {expected}, found {content[:20]!r} (MD5 {found}); nothing was "
+                         f"kept: try again later {by_hand}")
+    if not md5:
+        print(f"{source}: no checksum is published for this file", file=sys.stderr)
+    with atomic_write(path, "wb") as file:
+        file.write(content)
     return path
 
 
-def _fetch_rest(url: str, part: Path, start: int) -> None:
-    """Append to `part` what comes after its first `start` bytes; a server that does not know ranges sends all of it again."""
-    import urllib.request
+def from_hub(source: str, by_hand: Path) -> Path:
+    """A data set's file in the hub's own cache: resumed, from a mirror, offline, as the hub's HF_... say."""
+    from huggingface_hub import hf_hub_download
 
-    from tqdm import tqdm
-
-    headers = {"User-Agent": "rearank-from-scratch", **({"Range": f"bytes={start}-"} if start else {})}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
-        start = start if response.status == 206 else 0
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length else None
-        with (open(part, "ab" if start else "wb") as file,
-              tqdm(total=total, initial=start, desc=part.stem, unit="B", unit_scale=True, disable=None) as bar):
-            while block := response.read(1 << 16):
-                bar.update(file.write(block))
-            if total is not None and file.tell() != total:  # read() ends silently where the connection does
-                raise OSError(f"cut off after {file.tell():,} of {total:,} bytes")
+    owner, name, file = source.split("/", 2)
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
+    except Exception as error:  # whatever the hub's client and its HTTP library raise
+        reason = one_line(error)[:200]
+        raise InputError(f"cannot fetch {source} from the hub ({reason}); try again later or put it at "
+                         f"{by_hand} by hand") from None
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a .zip or .tar.gz so that `folder` appears whole or not at all; owners, modes and times are not taken over.
+def read_url(url: str, advice: str) -> bytes:
+    """The whole answer, after a few tries. InputError in one line that ends with `advice`."""
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
 
-    InputError for a member that is not a plain file or folder (a link, a device) or would lie outside, and for a damaged archive.
-    """
+    for n in range(1, TRIES + 1):
+        try:
+            with urlopen(Request(url, headers={"User-Agent": "rearank"}), timeout=TIMEOUT) as response:
+                return response.read()
+        except (OSError, HTTPException) as error:  # a refusal, a timeout, an answer that was cut off
+            if n == TRIES or getattr(error, "code", 500) in (401, 403, 404, 410):
+                reason = one_line(error)
+                raise InputError(f"cannot fetch {url} ({reason}); try again later {advice}") from None
+            time.sleep(WAIT * 2 ** (n - 1))
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Unpack a .tar.gz so that `folder` appears whole or not at all. InputError: unsafe or damaged."""
     import tarfile
-    import zipfile
 
+    folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        with (zipfile.ZipFile if archive.suffix == ".zip" else tarfile.open)(archive) as opened:
-            for name, kind, open_member in _members(opened):
-                path = PureWindowsPath(name)  # the stricter reading: both separators, and drives
-                if path.anchor or ".." in path.parts or kind not in ("file", "folder"):
-                    raise InputError(f"{archive.name}: unsafe member {name!r} ({kind}); nothing was unpacked")
-                target = staging / name
-                (target if kind == "folder" else target.parent).mkdir(parents=True, exist_ok=True)
-                if kind == "file":
-                    with open_member() as source, open(target, "wb") as file:
-                        shutil.copyfileobj(source, file, 1 << 20)
+        with tarfile.open(archive) as opened:
+            opened.extractall(staging, filter="data")  # no devices, nothing that lies or leads outside
         os.replace(staging, folder)
-    except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, RuntimeError) as error:
-        raise InputError(f"{archive.name}: cannot be unpacked ({' '.join(str(error).split())})") from None
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise InputError(f"{archive}: unsafe or damaged, nothing was unpacked ({one_line(error)})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    return folder
 
 
-def _members(opened) -> Iterator[tuple[str, str, Callable]]:
-    """(name, "file", "folder" or what else it is, function that opens it) of each member of a ZipFile or TarFile."""
-    if hasattr(opened, "infolist"):
-        for info in opened.infolist():
-            kind = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder"}.get(stat.S_IFMT(info.external_attr >> 16), "link or device")
-            yield info.filename, "folder" if info.is_dir() else kind, functools.partial(opened.open, info)
-    else:
-        for info in opened:
-            kind = "file" if info.isfile() else "folder" if info.isdir() else "link or device"
-            yield info.name, kind, functools.partial(opened.extractfile, info)
+def download_windows(folder: Path) -> Path:
+    """The authors' own training windows (le723z/rearank_12k on the hub), labelled by NIST's judgements.
 
-
-def training_pool() -> tuple[list[Candidates], dict[str, dict[str, int]]]:
-    """(candidates, qrels) of the paper's training queries as far as they are public: DL21 and DL22, and DL23 if the user has its passages.
-
-    Downloads what is missing, and says how many of the paper's 179 queries there are. Raises what `download` raises.
+    They come page by page. Each page is kept as it arrives, so that an interrupted download goes on where it
+    was; the file of instances appears at the end. InputError: as `download`.
     """
-    pool, qrels = [], {}
-    for name in ("dl21", "dl22", "dl23"):
-        passages = cache_folder() / DL23_PASSAGES
-        if name == "dl23" and not passages.exists():
-            continue
-        *lists, judgements = download(name)
-        pool += read_candidates(lists[0] if lists else passages)
-        qrels.update(read_qrels(judgements))
-    expand(pool, qrels, draws=1, counts=(counts := Counter()))
-    print(f"training pool: {counts['found']} of the paper's {PAPER_QUERIES} training queries"
-          + ("" if passages.exists() else f" (DL23's passages have no public file; if you have them, put them at {passages})"),
-          file=sys.stderr)
-    return pool, qrels
+    from tqdm import tqdm
+
+    output, pages, qrels, instances = folder / WINDOWS, folder / "pages", {}, []
+    if output.exists():
+        return output
+    for name, source in {"dl21": TABLE_1["dl21"][2:4], "dl22": TABLE_1["dl22"][2:4], "dl23": DL23}.items():
+        qrels |= read_qrels(fetch(source[0], cache_folder() / name, source[1]))
+    query = "dataset=le723z%2Frearank_12k"
+    splits = kept_json(f"{ROWS}/splits?{query}", pages / "splits.json")["splits"]
+    query += next(f"&config={split['config']}&split=train" for split in splits if split["split"] == "train")
+    with tqdm(desc="rearank_12k", unit=" rows", disable=None) as bar:
+        while not instances or len(instances) < bar.total:
+            offset = len(instances)
+            url = f"{ROWS}/rows?{query}&offset={offset}&length={PAGE}"
+            page = kept_json(url, pages / f"{offset:06d}.json", offset)
+            if bar.total not in (None, page["num_rows_total"]):
+                raise InputError(f"{url}: the number of rows has changed from {bar.total}; remove {pages}")
+            bar.total = page["num_rows_total"]
+            for row in page["rows"]:
+                found = _candidates(row["row"], f"{url}, row {row['row_idx']}")
+                if found.qid not in qrels:
+                    raise InputError(f"{url}: query {found.qid} has no judgements in DL21, DL22 and DL23")
+                judged = qrels[found.qid]
+                instances.append(Instance(found.qid, found.query, found.docids, found.texts,
+                                          _labels(found, judged), list(judged.values())))
+            bar.update(len(instances) - offset)
+    if len(instances) != 12_603:
+        print(f"rearank_12k: {len(instances):,} windows; the paper has 12,603", file=sys.stderr)
+    write_instances(output, instances)
+    shutil.rmtree(pages)
+    return output
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# BM25: a first stage of one's own
-
-
-def read_texts(path: str | Path, file: str = "corpus.jsonl") -> tuple[list[str], list[str]]:
-    """(ids, texts) of passages or queries: TSV (id TAB text), JSONL ({"_id" or "id", "title"?, "text"}) or a BEIR folder, of which `file`.
-
-    InputError names the line that has no tab or lacks a field, or an id that is there twice.
+def kept_json(url: str, path: Path, offset: int | None = None) -> dict:
+    """What the rows service answers at `url`, kept at `path` as it came: {"splits": [{"config", "split"}]};
+    with `offset` the rows from there, {"rows": [{"row_idx", "row", "truncated_cells"}], "num_rows_total"}.
+    InputError for anything else, and where a row is missing or cut.
     """
-    if Path(path).is_dir():
-        found = sorted(Path(path).glob(f"**/{file}*"))
-        if not found:
-            raise InputError(f"{path}: expected {file} in this folder")
-        path = found[0]
-    pairs = []
-    if read_text(path).lstrip()[:1] in ("{", "["):
-        for where, record in read_records(path):
-            identifier = next((record[name] for name in ("_id", "id", "docid", "qid") if name in record), None)
-            pairs.append((_identifier(identifier, "an id (under _id, id, docid, qid)", where), _passage_text(record, where)))
-    else:
-        for n, line in enumerate(read_text(path).split("\n"), 1):
-            identifier, tab, text = line.rstrip("\r").partition("\t")
-            if not (identifier and tab) and line.strip():
-                raise InputError(f"{path}:{n}: expected id TAB text, found {line!r:.60}")
-            if tab:
-                pairs.append((identifier, text))
-    if not pairs:
-        raise InputError(f"{path}: expected texts, found an empty file")
-    identifiers, texts = map(list, zip(*pairs))
-    if _repeated(identifiers) is not None:
-        raise InputError(f"{path}: the id {_repeated(identifiers)} is there twice")
-    return identifiers, texts
+    advice = "with the same command (the pages that have arrived are kept)"
+    content = path.read_bytes() if path.exists() else read_url(url, advice)
+    try:
+        answer = json.loads(content)
+        if offset is None:
+            whole = any(split["split"] == "train" and split["config"] for split in answer["splits"])
+        else:
+            rows, end = answer["rows"], min(offset + PAGE, answer["num_rows_total"])
+            there = offset < end and [row["row_idx"] for row in rows] == [*range(offset, end)]
+            whole = there and not any(row["truncated_cells"] for row in rows)
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        path.unlink(missing_ok=True)
+        raise InputError(f"{url}: expected whole rows as JSON, found {content[:40]!r}; try again {advice}")
+    if not path.exists():
+        with atomic_write(path, "wb") as file:
+            file.write(content)
+    return answer
 
 
-STOP_WORDS = ("a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was "
-              "will with").split()  # Lucene's for English
-
-
-def tokenize(text: str) -> list[str]:
-    """Runs of letters and digits, in lower case."""
-    return re.findall(r"[^\W_]+", text.lower())
-
-
-def singular(word: str) -> str:
-    """English plurals without their ending (after Harman's S stemmer, 1991): ponies -> pony, horses -> horse; glass, bus stay."""
-    if word.endswith("ies") and not word.endswith(("aies", "eies")) and len(word) > 4:
-        return word[:-3] + "y"
-    return word[:-1] if word.endswith("s") and not word.endswith(("us", "ss")) and len(word) > 3 else word
-
-
-class Vocabulary(dict):
-    """Word -> number of its stem, given in order of appearance from 1; 0 for stop words. Every different word is stemmed only once."""
-
-    def __init__(self):
-        super().__init__(dict.fromkeys(STOP_WORDS, 0))
-        self.stems: dict[str, int] = {}
-
-    def __missing__(self, word: str) -> int:
-        number = self[word] = self.stems.setdefault(singular(word), len(self.stems) + 1)
-        return number
-
-
-class BM25:
-    """An inverted index over passages, scored with BM25 (Robertson; constants and idf as Lucene and the paper's first stage have them):
-
-        score(q, d) = sum over query words t of  idf(t) * tf / (tf + k1 * (1 - b + b * |d| / mean |d|))
-        idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5))
-
-    Everything except the query is known at indexing time, so the summands are stored: a query adds up a few arrays. Meant for up to about
-    a million passages. It is not Lucene: plurals are stripped where Lucene's Porter stemmer takes off more, words are cut more simply
-    (Chinese or Thai would need real segmentation), lengths are exact where Lucene rounds them to one byte. So lists are not those of the
-    paper's BM25 columns: of DL19's 4,297 listed passages alone it makes lists of NDCG@10 0.47 (Lucene, all 8.8 million: 0.51).
-    """
-
-    def __init__(self, texts: Iterable[str], k1: float = 0.9, b: float = 0.4):
-        """Index `texts`; results refer to them by position."""
-        vocabulary, words, lengths = Vocabulary(), array.array("i"), array.array("i")
-        for text in texts:
-            tokens = tokenize(text)
-            words.extend(map(vocabulary.__getitem__, tokens))
-            lengths.append(len(tokens))
-        self.stems, self.size = vocabulary.stems, len(lengths)
-        if not self.stems:
-            raise InputError("BM25: expected at least one passage with a word in it")
-        words, passages = np.asarray(words), np.repeat(np.arange(self.size, dtype=np.int32), lengths)
-        words, passages = words[words > 0], passages[words > 0]  # without stop words, which do not count as length either
-        lengths = np.bincount(passages, minlength=self.size)
-        # One number per token, word * N + passage. Sorted, equal numbers are one posting, and how many they are is its tf.
-        tokens = np.multiply(words, self.size, dtype=np.int64) + passages
-        tokens.sort()
-        first = np.flatnonzero(np.diff(tokens, prepend=-1))
-        tf = np.diff(first, append=len(tokens))
-        word, passage = np.divmod(tokens[first], self.size)
-        df = np.bincount(word)
-        idf = np.log1p((self.size - df + 0.5) / (df + 0.5))
-        norm = k1 * (1 - b + b * lengths / lengths.mean())
-        self.passages = passage.astype(np.int32)  # all posting lists one after the other, passages rising in each
-        self.weights = (idf[word] * tf / (tf + norm[passage])).astype(np.float32)
-        self.offsets = np.append(0, np.cumsum(df))  # the list of word w is [offsets[w], offsets[w + 1])
-
-    def search(self, query: str, k: int = 100) -> tuple[list[int], list[float]]:
-        """(positions, scores) of the best `k` passages that share a word with the query; equal scores in the passages' order."""
-        scores = np.zeros(self.size, np.float32)
-        words = (self.stems.get(singular(word)) for word in tokenize(query) if word not in STOP_WORDS)
-        for word in filter(None, words):  # a word that the query repeats counts as often
-            postings = slice(self.offsets[word], self.offsets[word + 1])
-            scores[self.passages[postings]] += self.weights[postings]  # no passage is there twice, so plain += adds all
-        least = np.partition(scores, -k)[-k] if k < self.size else 0  # the k-th best score
-        found = np.flatnonzero((scores >= least) & (scores > 0))
-        best = found[np.argsort(-scores[found], kind="stable")][:k]
-        return best.tolist(), scores[best].tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The toy task: the whole of REARANK in miniature, for `python grpo.py` without data, downloads or a GPU
-
-# Each concept can be said in three words. A query names three concepts; a passage's label is how many of them it covers.
-TOY_CONCEPTS = tuple(tuple(words.split()) for words in (
-    "rain storm cloud", "bread flour oven", "violin chord melody", "engine piston fuel", "forest oak leaf", "ocean tide reef",
-    "planet orbit comet", "doctor fever pill", "goal referee stadium", "novel poem chapter", "coin bank loan", "bee honey hive"))
-TOY_GRADES = ("0", "1", "2", "3")
-
-
-def toy_combinations(held_out: bool) -> list[tuple[int, ...]]:
-    """The triples of concepts that queries are made of: every fifth of the 220 is held out, so no split shares a triple."""
-    triples = list(itertools.combinations(range(len(TOY_CONCEPTS)), 3))
-    random.Random(0).shuffle(triples)
-    return triples[: len(triples) // 5] if held_out else triples[len(triples) // 5:]
-
-
-def toy_task(queries: int, passages: int, seed: int, held_out: bool = False,
-             ) -> tuple[list[Candidates], dict[str, dict[str, int]]]:
-    """Synthetic first-stage lists and their judgements: `queries` lists of `passages` passages of four words.
-
-    Of eight passages two cover none of the query's concepts, four cover one, one two and one all three, in words that may differ
-    from the query's. The first stage sees the label through noise wider than its scale, so its order is mediocre.
-    """
-    rng, combinations = random.Random(f"toy {seed} {held_out}"), toy_combinations(held_out)
-    candidates, qrels = [], {}
-    for number in range(queries):
-        concepts, qid = rng.choice(combinations), f"{'test' if held_out else 'train'}{number}"
-        others = [c for c in range(len(TOY_CONCEPTS)) if c not in concepts]
-        found = []
-        for i in range(passages):
-            label = rng.choices((0, 1, 2, 3), weights=(2, 4, 1, 1))[0]
-            covered = rng.sample(concepts, label) + rng.choices(others, k=4 - label)
-            rng.shuffle(covered)
-            text = " ".join(rng.choice(TOY_CONCEPTS[c]) for c in covered)
-            found.append((label + rng.gauss(0, 5), f"{qid}-p{i}", text, label))
-        found.sort(reverse=True)
-        query = " ".join(rng.choice(TOY_CONCEPTS[c]) for c in concepts)
-        scores, docids, texts, labels = map(list, zip(*found))
-        candidates.append(Candidates(qid, query, docids, texts, scores))
-        qrels[qid] = dict(zip(docids, labels))
-    return candidates, qrels
-
-
-def toy_keywords(query: str, text: str) -> list[str]:
-    """The words of `text` that express one of the query's concepts, in the text's order: as many as the passage's label."""
-    wanted = {concept for concept in TOY_CONCEPTS for word in query.split() if word in concept}
-    return [word for word in text.split() if any(word in concept for concept in wanted)]
-
-
-def toy_answer(query: str, texts: Sequence[str], graded: bool) -> str:
-    """What the toy's teacher answers: of each passage its keywords and their number, the grade, in <think>; then an order.
-
-    The order is by grade where `graded`, else it knows only relevant before irrelevant (ties stay in place).
-    """
-    keywords = [toy_keywords(query, text) for text in texts]
-    order = sorted(range(len(texts)), key=lambda i: -(len(keywords[i]) if graded else min(len(keywords[i]), 1)))
-    thoughts = " ".join(" ".join([f"[{i}]", *words, TOY_GRADES[len(words)]]) for i, words in enumerate(keywords, 1))
-    return f"<think> {thoughts} </think> <answer> {' > '.join(f'[{i + 1}]' for i in order)} </answer>"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class DownloadSettings:
     """Fetch public data into $REARANK_DATA (default ~/.cache/rearank)."""
 
-    names: list[str] = setting(list, "data sets: " + ", ".join(SOURCES), positional=True, nargs="+")
+    names: list[str] = setting(list, "data sets: " + ", ".join([*TABLE_1, "bright", "rearank_12k"]),
+                               positional=True, nargs="+")
 
 
 def download_command(settings: DownloadSettings) -> int:
-    """Print where each file is; a data set that cannot be had is one line on stderr, and status 2 at the end."""
+    """Print where the files are, and NDCG@10 of the first stage beside the paper's: is it the same list?
+
+    A data set that cannot be had is one line on stderr and status 2 at the end; the others are still fetched.
+    """
     failed = False
     for name in settings.names:
         try:
-            for place in download(name):
-                print(f"{name}: {place}")
-        except InputError as error:
-            print(f"data.py: {name}: {error}", file=sys.stderr)
+            files = download(name)
+            print(f"{name}: {' '.join(map(str, files))}")
+            if name not in TABLE_1:
+                continue
+            lists, qrels, paper = read_candidates(files[0]), read_qrels(files[1]), TABLE_1[name][-1]
+            values = [100 * ndcg(_labels(query, qrels[query.qid]), ideal=list(qrels[query.qid].values()))
+                      for query in lists if query.qid in qrels]
+            mean, papers = sum(values) / max(1, len(values)), f"{paper:.2f}" if paper else "is not given"
+            print(f"{name}: NDCG@10 x 100 of the lists {mean:.2f} ({len(values)} queries), the paper's BM25 "
+                  f"{papers}")
+        except (InputError, OSError) as error:
+            print(f"data.py: {name}: {one_line(error)}", file=sys.stderr)
             failed = True
-        if name == "dl23":
-            print(f"dl23: its passages have no public file; if you have them (as rank_llm JSONL): {cache_folder() / DL23_PASSAGES}")
     return 2 if failed else 0
 
 
@@ -1096,88 +836,41 @@ def download_command(settings: DownloadSettings) -> int:
 class ExpandSettings:
     """Initial state expansion: many training instances from few judged queries (paper section 3.2)."""
 
-    candidates: list[str] = setting(list, "first-stage lists; without any, the paper's public ones are fetched", nargs="+")
-    qrels: list[str] = setting(list, "their judgements", nargs="+")
+    candidates: list[str] = setting(list, "first-stage lists, files or names (default: dl21 dl22)", nargs="+")
+    qrels: list[str] = setting(list, "judgements of the files", nargs="+")
     output: str = setting("instances.jsonl", "where the instances go (JSONL)")
     draws: int = setting(100, "draws of each query (the paper's text: 50)")
     size: int = setting(20, "passages of a draw")
-    order: str = setting("retrieval", "order of the passages in a draw (the paper's text: shuffled)", choices=("retrieval", "shuffled"))
-    keep: str = setting("initial", "whose NDCG@10 must reach --min-ndcg: the draw as it is, its best order, or nobody's",
-                        choices=("initial", "best", "all"))
+    order: str = setting("retrieval", "order of the passages in a draw (the paper's text: shuffled)",
+                         choices=("retrieval", "shuffled"))
+    keep: str = setting("initial", "whose NDCG@10 must reach --min-ndcg: the draw's own, its best order's, "
+                        "nobody's", choices=("initial", "best", "all"))
     min_ndcg: float = setting(0.1, "least NDCG@10 of a draw")
     seed: int = setting(0, "seed of the draws")
-    exclude_queries: str = setting("", "held-out queries, ids first on each line (a qrels file, run or topics file will do)")
+    exclude_queries: str = setting("", "held-out queries, ids first on each line (as in qrels, runs, topics)")
 
 
 def expand_command(settings: ExpandSettings) -> None:
     """Write the instances and print how many are left at every stage."""
-    if bool(settings.candidates) != bool(settings.qrels):
-        raise InputError("expected --candidates and --qrels together, or neither")
-    if settings.candidates:
-        candidates, qrels = [query for path in settings.candidates for query in read_candidates(path)], {}
-        for path in settings.qrels:
-            for qid, labels in read_qrels(path).items():
-                qrels.setdefault(qid, {}).update(labels)
-    else:
-        candidates, qrels = training_pool()
-    if (twice := _repeated(query.qid for query in candidates)) is not None:
-        raise InputError(f"query {twice} is in more than one of {', '.join(settings.candidates)}")
-    lines = read_text(settings.exclude_queries).split("\n") if settings.exclude_queries else []
-    held_out, counts = {line.split()[0] for line in lines if line.strip()}, Counter()
-    instances = expand(candidates, qrels, settings.draws, settings.size, settings.order, settings.keep, settings.min_ndcg, settings.seed,
-                       held_out, counts)
-    if not instances:
-        raise InputError("no instances: expected candidates and judgements of the same queries, with something relevant in the lists")
-    write_instances(settings.output, instances)
-    print(f"{sum(query.qid in held_out for query in candidates):7,}  queries held out")
+    options, counts = vars(settings).copy(), Counter()
+    data, qrels, output = options.pop("candidates"), options.pop("qrels"), options.pop("output")
+    lines = read_text(path).split("\n") if (path := options.pop("exclude_queries")) else []
+    options["exclude"] = {line.split()[0] for line in lines if line.strip()}
+    instances, _ = training_instances(data or ["dl21", "dl22"], qrels, counts=counts, **options)
+    write_instances(output, instances)
     for stage, meaning in STAGES.items():
-        of_paper = f" (the paper trains on {PAPER_QUERIES})" if stage == "found" else ""
-        print(f"{counts[stage]:7,}  {meaning}{of_paper}")
-    repeats, differing = repeated_passages(candidates, qrels)
-    print(f"{repeats:7,}  of {sum(len(query.docids) for query in candidates):,} passages repeat a text of their list, "
-          f"{differing:,} of them with a different label\nwritten to {settings.output}")
-
-
-@dataclasses.dataclass
-class BM25Settings:
-    """First-stage retrieval with BM25: the best passages of a corpus for each query."""
-
-    corpus: str = setting("", "TSV (id TAB text), JSONL or a BEIR folder", positional=True)
-    queries: str = setting("", "the same for the queries", positional=True)
-    output: str = setting("bm25.jsonl", "candidates with their passages, for rearank.py --input")
-    run: str = setting("", "also write a TREC run")
-    k: int = setting(100, "passages of each query")
-    k1: float = setting(0.9, "how slowly repeated words saturate")
-    b: float = setting(0.4, "how much long passages are held back, 0 to 1")
-
-
-def bm25_command(settings: BM25Settings) -> None:
-    """Index, search, write; a query that matches nothing gets an empty list and is counted."""
-    from tqdm import tqdm
-
-    if settings.k < 1 or settings.k1 < 0 or not 0 <= settings.b <= 1:
-        raise InputError("expected --k >= 1, --k1 >= 0 and --b from 0 to 1")
-    (docids, texts), (qids, queries) = read_texts(settings.corpus), read_texts(settings.queries, "queries.jsonl")
-    index = BM25(tqdm(texts, "index", disable=None), settings.k1, settings.b)
-    lists = []
-    for qid, query in zip(tqdm(qids, "search", disable=None), queries):
-        found, scores = index.search(query, settings.k)
-        lists.append(Candidates(qid, query, [docids[n] for n in found], [texts[n] for n in found], scores))
-    write_candidates(settings.output, lists)
-    if settings.run:
-        write_run(settings.run, {query.qid: query.docids for query in lists}, "bm25")
-    print(f"{len(docids):,} passages, {len(qids):,} queries, {sum(not query.docids for query in lists):,} of them without a match; "
-          f"written to {settings.output}" + (f" and {settings.run}" if settings.run else ""))
+        print(f"{counts[stage]:7,}  {meaning}")
+    print(f"written to {output}")
 
 
 @dataclasses.dataclass
 class BrightSettings:
-    """BRIGHT's first-stage lists as candidate files for rearank.py, one for each split, without the excluded documents."""
+    """BRIGHT's first-stage lists as files for rearank.py, one a split, excluded documents taken out."""
 
     folder: str = setting("", "the unpacked archive (default: where `download bright` puts it)")
     output: str = setting("bright-candidates", "folder for the candidate files")
     splits: list[str] = setting(list, "which of the 12 (default: all)", nargs="+")
-    k: int = setting(100, "passages of each query, cut after the exclusion")
+    k: int = setting(100, "passages of each query, cut after the exclusion", least=1)
 
 
 def bright_command(settings: BrightSettings) -> None:
@@ -1185,49 +878,12 @@ def bright_command(settings: BrightSettings) -> None:
     for split in settings.splits or BRIGHT_SPLITS:
         lists = read_bright(split, settings.folder or cache_folder() / "bright", k=settings.k)
         write_candidates(Path(settings.output, f"{split}.jsonl"), lists)
-        print(f"{split:20s}{len(lists):5d} queries, {min(len(query.docids) for query in lists)} to "
-              f"{max(len(query.docids) for query in lists)} passages")
+        lengths = [len(query.docids) for query in lists]
+        print(f"{split:20s}{len(lists):5d} queries, {min(lengths)} to {max(lengths)} passages")
 
 
-@dataclasses.dataclass
-class BrightEvalSettings:
-    """BRIGHT's headline: NDCG@10 x 100 of each split and the unweighted mean of the 12."""
-
-    runs: str = setting("", "folder with a TREC run for each split: its name (biology) in the file's, ending .trec or .txt", required=True)
-    qrels: str = setting("", "folder with the judgements (default: where `download bright` puts them)")
-    fixed: bool = setting(False, "the corrected judgements of September 2025 (qrels.bright-*.fixed.txt) instead of the paper's")
-    exclude: str = setting("", "folder with exclude.bright-*.txt or BRIGHT's own rows: take these documents out of the runs first")
-
-
-def bright_eval_command(settings: BrightEvalSettings) -> None:
-    """Print the table; where splits are missing the mean is marked as that of the rest."""
-    means = []
-    for split in BRIGHT_SPLITS:
-        run = bright_file(settings.runs, split, "run")
-        if run is None:
-            print(f"{split:20s}    -   no run")
-            continue
-        folder = settings.qrels or cache_folder() / "bright"
-        qrels = bright_file(folder, split, "fixed qrels" if settings.fixed else "qrels")
-        if qrels is None:
-            raise InputError(f"{folder}: no {'fixed ' * settings.fixed}judgements of BRIGHT's {split}")
-        exclude = bright_file(settings.exclude, split, "exclude") if settings.exclude else None
-        scores = bright_scores(run, qrels, read_excluded(exclude) if exclude else None)
-        means.append(100 * sum(scores.values()) / len(scores))
-        print(f"{split:20s}{means[-1]:7.2f}   {len(scores)} queries")
-    if not means:
-        raise InputError(f"{settings.runs}: no run of any BRIGHT split (biology.trec, ...)")
-    print(f"{'mean':20s}{sum(means) / len(means):7.2f}   "
-          + ("12 splits" if len(means) == 12 else f"{len(means)} of 12 splits only: not comparable with the headline"))
-
-
-COMMANDS = {
-    "download": (DownloadSettings, download_command),
-    "expand": (ExpandSettings, expand_command),
-    "bm25": (BM25Settings, bm25_command),
-    "bright": (BrightSettings, bright_command),
-    "bright-eval": (BrightEvalSettings, bright_eval_command),
-}
+COMMANDS = {"download": (DownloadSettings, download_command), "expand": (ExpandSettings, expand_command),
+            "bright": (BrightSettings, bright_command)}
 
 
 def main(argv: list[str] | None = None) -> int | None:

@@ -1,18 +1,23 @@
-"""The reward of REARANK (arXiv 2505.20046): from a model's text to an order of the passages, from the order to a number.
+"""The reward of REARANK (arXiv 2505.20046): from a model's text to an order, from the order to a number.
 
-    text --parse_ranking--> order --ndcg--> NDCG@10 --score_response--> reward = 0.8 r_rank + 0.1 r_format1 + 0.1 r_format2   (eq. 6)
+    text --parse_ranking--> order --ndcg--> NDCG@10 --score_response--> reward
+    reward = 0.8 r_rank + 0.1 r_format1 + 0.1 r_format2   (eq. 6)
 
-There is one parser, for training, inference and statistics. It never raises and reads each character a fixed number of times, because
-a model in training writes anything: 2,048 tokens of `<answer><answer>...` are one sample among thousands.
+There is one parser, for training, inference and statistics. It never raises and reads each character a fixed
+number of times, because a model in training writes anything: 2,048 tokens of `<answer><answer>...` are one
+sample among thousands.
 
-The parser is lenient: a user with a zero-shot model wants an order out of almost any text. The reward is strict: it takes the order of a
-complete `<answer>...</answer>` after the reasoning and nothing else. Every text it accepted would be something to teach.
+The parser is lenient: a user with a zero-shot model wants an order out of almost any text. The reward is
+strict: it takes the order of a complete `<answer>...</answer>` after the reasoning and nothing else. Every
+text it accepted would be something to teach.
 
 Where we depart from the paper or from the authors' code:
-- A window with nothing to gain, where eq. 5 divides by zero, pays 1 for an order that is still best (the authors: 0).
-- r_rank is never below -1: in an almost ideal window eq. 5 can fall below -200, and one bad sample would decide its whole group.
-- r_format1 wants exactly one think and one answer block and nothing around them; r_format2 wants every passage named once. The authors
-  search for the patterns anywhere, so that `[3]` alone passes: a nearly free reward, as passages not named keep their places.
+- With nothing to gain, where eq. 5 divides by zero, an order that is still best pays 1 (the authors: 0).
+- r_rank is never below -1: in an almost ideal window eq. 5 can fall below -200, and one bad sample would
+  decide its whole group.
+- r_format1 wants exactly one think and one answer block and nothing around them; r_format2 wants every
+  passage named once. The authors search for the patterns anywhere, so that `[3]` alone passes: a nearly free
+  reward, as passages not named keep their places.
 """
 
 from __future__ import annotations
@@ -24,9 +29,10 @@ from dataclasses import dataclass
 
 SCHEMES = ("normalized", "absolute", "difference")
 
-# Every pattern here is a run of characters or a short word, so that none can backtrack further than it has read.
+# Every pattern is a run of characters or a short word: none can backtrack further than it has read.
 INTEGER = re.compile(r"[0-9]+")
-LIST_PARTS = re.compile(r"[0-9\[\](){}><=,;\s]+|(?ai:passage|document|doc|id)")  # text made of nothing else is a list
+# A text made of nothing but these is a list.
+LIST_PARTS = re.compile(r"[0-9\[\](){}><=,;\s]+|(?ai:passage|document|doc|id)")
 BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 WELL_FORMED = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 FULL_LIST = re.compile(r"\s*\[[0-9]{1,9}\](?:\s*>\s*\[[0-9]{1,9}\])*\s*")
@@ -34,10 +40,11 @@ FULL_LIST = re.compile(r"\s*\[[0-9]{1,9}\](?:\s*>\s*\[[0-9]{1,9}\])*\s*")
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a response says about a window of n passages: `order` (0-based, a permutation of range(n), best first) and how it was read.
+    """What a response says about a window of n passages, and how it was read.
 
-    `status`: "ok" (every id once), "repaired" (ids dropped or added), "untagged" (no answer tags), "truncated" (cut off before the end),
-    "malformed" (names no passage), "empty" (no text).
+    `order`: 0-based, a permutation of range(n), best first.
+    `status`: "ok" (every id once), "repaired" (ids dropped or added), "untagged" (no answer tags),
+    "truncated" (cut off before the end), "malformed" (names no passage), "empty" (no text).
     """
 
     order: list[int]
@@ -46,7 +53,8 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Score:
-    """The reward of one response and its parts (eq. 6): reward = 0.8 rank + 0.1 format1 + 0.1 format2. `ndcg`: NDCG@10 of the new order."""
+    """The reward of one response and its parts (eq. 6): reward = 0.8 rank + 0.1 format1 + 0.1 format2.
+    `ndcg`: NDCG@10 of the new order."""
 
     reward: float
     rank: float
@@ -56,13 +64,13 @@ class Score:
 
 
 def parse_ranking(response: str | None, num_passages: int) -> Ranking:
-    """The order of `num_passages` passages that `response` asks for, whatever it looks like. Never raises; linear in the text's length.
+    """The order that `response` asks for, whatever it looks like. Never raises; linear in the text's length.
 
     1. Nothing to read (not a string, or blank): the present order, "empty".
-    2. The answer is the last complete `<answer>...</answer>` after the reasoning, or an earlier one if that names no passage.
+    2. The last complete `<answer>...</answer>` after the reasoning, or an earlier one if it names no passage.
     3. Without one, what follows an `<answer>` left open, less a number that may itself be cut: "truncated".
-    4. Without that, the text after the reasoning: "untagged". Reasoning that never ends: the present order, "truncated".
-    5. In a text that is nothing but a list every integer is an id; in prose only those in square brackets are.
+    4. Else the text after the reasoning: "untagged". Reasoning that never ends: present order, "truncated".
+    5. In a text that is nothing but a list every integer is an id; in prose only those in square brackets.
     6. Ids that do not exist or came before are dropped; passages not named follow in their present order.
     7. "ok" needs a complete block with every id once and no other; "malformed" names none.
 
@@ -80,27 +88,29 @@ def parse_ranking(response: str | None, num_passages: int) -> Ranking:
 
 
 def _order(ids: list[int], n: int) -> list[int]:
-    """Contract 6: 1-based ids to a permutation of range(n). The first mention wins, what is missing follows in its present order."""
+    """Contract 6: 1-based ids to a permutation of range(n). First mention wins, the rest in present order."""
     return list(dict.fromkeys([i - 1 for i in ids if 0 < i <= n] + list(range(n))))
 
 
 def _named(text: str) -> list[int]:
-    """Contract 5: the integers that count as ids in `text`, in its order, those out of range included. A list, or brackets in prose.
+    """Contract 5: the ids in `text` (a list, or brackets in prose), in its order, those out of range too.
 
     >>> _named("3 > Doc 1; [02]"), _named("best of 2: [3, 1], not [3.1] or [-2]")
     ([3, 1, 2], [3, 1])
     """
     if LIST_PARTS.sub("", text):  # something is left: prose
         text = " ".join(inside for inside in BRACKETS.findall(text) if not LIST_PARTS.sub("", inside))
-    return [int(digits) for digits in INTEGER.findall(text) if len(digits) <= 9]  # int() of 5,000 digits raises
+    # int() of 5,000 digits raises.
+    return [int(digits) for digits in INTEGER.findall(text) if len(digits) <= 9]
 
 
 def _read(response: str | None, n: int) -> tuple[list[int], str, str | None]:
-    """Contract 1-4 and 7: the ids a response names, the status, and the answer block if the reward may read it (else None)."""
+    """Contract 1-4 and 7: the ids, the status, and the answer block or None if the reward may not read it."""
     if not isinstance(response, str) or not response.strip():
         return [], "empty", None
-    # 2. After the *first* </think>, last block first: this is the last block after the last </think> wherever there is one. Splitting at
-    # <answer> gives each closing tag its nearest opening one, and pieces that do not overlap, so that all of them together are read once.
+    # 2. After the *first* </think>, last block first: this is the last block after the last </think> wherever
+    # there is one. Splitting at <answer> gives each closing tag its nearest opening one, and pieces that do
+    # not overlap, so that all of them together are read once.
     start = response.find("</think>") + len("</think>") if "</think>" in response else 0
     _, *pieces = response[start:].split("<answer>")
     position, complete = len(response), False  # `position`: where the current piece begins
@@ -108,41 +118,45 @@ def _read(response: str | None, n: int) -> tuple[list[int], str, str | None]:
         position -= len(piece)
         if "</answer>" in piece:
             complete = True
-            # A stray second </answer> turns the list inside the block into prose; the block up to the first one is still a list.
+            # A stray second </answer> turns the block into prose; up to the first one it is still a list.
             for block in (piece.rpartition("</answer>")[0], piece.partition("</answer>")[0]):
                 ids = _named(block)
                 if any(0 < i <= n for i in ids):
-                    return ids, "ok" if sorted(ids) == list(range(1, n + 1)) else "repaired", _strict(response, block, position)
+                    status = "ok" if sorted(ids) == list(range(1, n + 1)) else "repaired"
+                    return ids, status, _strict(response, block, position)
         position -= len("<answer>")
     return ([], "malformed", None) if complete else (*_read_without_block(response, n), None)
 
 
 def _strict(response: str, block: str, position: int) -> str | None:
-    """`block`, which begins at `position`, unless a <think> is still open there: the reward does not read answers inside the reasoning."""
-    return block if response.rfind("<think>", 0, position) <= response.rfind("</think>", 0, position) else None
+    """`block` at `position`, unless a <think> is open there: the reward reads no answer in the reasoning."""
+    opened, closed = response.rfind("<think>", 0, position), response.rfind("</think>", 0, position)
+    return block if opened <= closed else None
 
 
 def _read_without_block(response: str, n: int) -> tuple[list[int], str]:
-    """Contract 3 and 4: the ids and the status of a response without a complete answer block. The reward reads none of these.
+    """Contract 3 and 4: ids and status without a complete answer block. The reward reads none of these.
 
-    An <answer> that the reasoning only mentions does not hide an answer that follows the reasoning without tags.
+    An <answer> that the reasoning only mentions hides no answer that follows the reasoning without tags.
     """
     tail = response[response.rfind("</think>") + len("</think>"):] if "</think>" in response else response
     ids = _named(tail)
     untagged = "<answer>" not in tail and any(0 < i <= n for i in ids)
     opened = response.rfind("<answer>")
     if opened >= 0 and "</answer>" not in response[opened:] and not untagged:
-        return _named(response[opened + len("<answer>"):].rstrip("0123456789")), "truncated"  # "[1" may be the beginning of "[12]"
+        # "[1" may be the beginning of "[12]".
+        return _named(response[opened + len("<answer>"):].rstrip("0123456789")), "truncated"
     if "<think>" in tail:
         return [], "truncated"
     return (ids, "untagged") if untagged else ([], "malformed")
 
 
 def ndcg(labels: Sequence[int], k: int = 10, ideal: Sequence[int] | None = None) -> float:
-    """NDCG@k: DCG@k / IDCG@k, with DCG@k = sum over ranks i = 1..k of label_i / log2(i + 1). In [0, 1]; 0 if nothing is relevant.
+    """NDCG@k: DCG@k / IDCG@k, with DCG@k = sum over ranks i = 1..k of label_i / log2(i + 1).
 
-    `labels`: the graded labels in ranked order. `ideal`: those of all judged passages of the query (default: `labels`), in any order; the
-    denominator is the DCG of the k largest. The label itself is the gain, as in trec_eval's ndcg_cut, negative ones count as 0.
+    `labels`: the graded labels in ranked order. `ideal`: those of all judged passages of the query (default:
+    `labels`), in any order; the denominator is the DCG of the k largest. The label itself is the gain, as in
+    trec_eval's ndcg_cut, negative ones count as 0. In [0, 1]; 0 if nothing is relevant.
 
     >>> ndcg([3, 0, 1])                  # (3/1 + 0/1.585 + 1/2) / (3/1 + 1/1.585 + 0/2)
     0.9639404333166532
@@ -154,15 +168,17 @@ def ndcg(labels: Sequence[int], k: int = 10, ideal: Sequence[int] | None = None)
 
 
 def dcg(labels: Sequence[int], k: int = 10) -> float:
-    """The numerator of NDCG@k: a passage's label counts in full at rank 1, half at rank 3, 0.29 times at rank 10, not at all below k."""
+    """NDCG@k's numerator: a label counts in full at rank 1, half at rank 3, 0.29 at rank 10, not below k."""
     return float(sum(max(0, label) / math.log2(i + 2) for i, label in enumerate(labels[:k])))
 
 
-def score_response(response: str | None, labels: Sequence[int], ideal: Sequence[int] | None = None, scheme: str = "normalized") -> Score:
-    """The reward of `response` to a window whose passages have `labels` in their present order (eqs. 5 and 6). See `rank_reward`.
+def score_response(response: str | None, labels: Sequence[int], ideal: Sequence[int] | None = None,
+                   scheme: str = "normalized") -> Score:
+    """The reward of `response` to a window whose passages have `labels` in their present order (eqs. 5, 6).
 
-    Only a complete answer block after a closed (or absent) think block is read. Without one, or if it names no passage, the window stays
-    as it is. `ideal`: all judged labels of the query, for NDCG. Raises ValueError for an unknown `scheme`.
+    Only a complete answer block after a closed (or absent) think block is read. Without one, or if it names
+    no passage, the window stays as it is. `ideal`: all judged labels of the query, for NDCG. `scheme`: see
+    `rank_reward`; ValueError for an unknown one.
 
     >>> score_response("<think> ... </think> <answer> [2] > [3] > [1] </answer>", [0, 3, 1])
     Score(reward=1.0, rank=1.0, format1=1.0, format2=1.0, ndcg=1.0)
@@ -170,26 +186,32 @@ def score_response(response: str | None, labels: Sequence[int], ideal: Sequence[
     0.0
     """
     ids, status, block = _read(response, len(labels))
-    # The labels move with the passages: NDCG is of the new order, never of first-stage scores that stay with the positions.
+    # The labels move with the passages: NDCG is of the new order,
+    # never of first-stage scores that stay with the positions.
     reranked = ndcg([labels[i] for i in _order([] if block is None else ids, len(labels))], ideal=ideal)
     best = ndcg(sorted(labels, reverse=True), ideal=ideal)
     rank = rank_reward(ndcg(labels, ideal=ideal), reranked, best, block is not None, scheme)
-    tags_once = isinstance(response, str) and all(response.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    tags_once = isinstance(response, str) and all(response.count(tag) == 1 for tag in tags)
     format1 = float(tags_once and WELL_FORMED.fullmatch(response) is not None)
     format2 = float(block is not None and status == "ok" and FULL_LIST.fullmatch(block) is not None)
     return Score(0.8 * rank + 0.1 * format1 + 0.1 * format2, rank, format1, format2, reranked)
 
 
-def rank_reward(initial: float, reranked: float, best: float, readable: bool = True, scheme: str = "normalized") -> float:
+def rank_reward(initial: float, reranked: float, best: float, readable: bool = True,
+                scheme: str = "normalized") -> float:
     """r_rank from the NDCG@10 of a window as given, as reranked and at its best.
 
-    "normalized" (eq. 5): the share of the possible gain that was gained, (reranked - initial) / (best - initial), at least -1. With nothing
-    to gain (best = initial): 1 for an order that is still best, else what it lost, reranked - best. What was not `readable` left the
-    window as it was and gets 0, also where there was nothing to gain: no reward for saying nothing.
-    "absolute": reranked. "difference": reranked - initial (Table 3's alternatives; a response that is not readable gets the window's own).
+    "normalized" (eq. 5): the share of the possible gain that was gained, (reranked - initial) / (best -
+    initial), at least -1. With nothing to gain (best = initial): 1 for an order that is still best, else what
+    it lost, reranked - best. What was not `readable` left the window as it was and gets 0, also where there
+    was nothing to gain: no reward for saying nothing. "absolute": reranked. "difference": reranked - initial
+    (Table 3's alternatives; a response that is not readable gets the window's own).
 
-    >>> rank_reward(0.5, 0.7, 0.9), rank_reward(0.98, 0.5, 0.99), rank_reward(0.9, 0.9, 0.9), rank_reward(0.9, 0.9, 0.9, readable=False)
-    (0.4999999999999999, -1.0, 1.0, 0.0)
+    >>> rank_reward(0.5, 0.7, 0.9), rank_reward(0.98, 0.5, 0.99), rank_reward(0.9, 0.9, 0.9)
+    (0.4999999999999999, -1.0, 1.0)
+    >>> rank_reward(0.9, 0.9, 0.9, readable=False)
+    0.0
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown reward scheme {scheme!r}: expected one of {', '.join(SCHEMES)}")

@@ -1,14 +1,16 @@
 """Decoding, a GRPO step and what fits, on a GPU: Qwen2.5's shapes with random weights in bfloat16.
 
-    python benchmarks/bench_gpu.py                       (0.5B, 1.5B and 7B; 2,200 prompt tokens, G = 32, 512 new tokens)
-    python benchmarks/bench_gpu.py --sizes test --device cpu --prompt 60 --new 20 --group 4     (the same road in seconds, on any machine)
+    python benchmarks/bench_gpu.py        (0.5B, 1.5B and 7B; 2,200 prompt tokens, G = 32, 512 new tokens)
+    python benchmarks/bench_gpu.py --sizes test --device cpu --prompt 60 --new 20 --group 4
+                                          (the same road in seconds, on any machine)
 
-Decoding: tokens per second after the prompt is encoded, as a share of the limit: the bytes that a step must read (weights, the prompt's
-keys and values once, the answers' own) over the bandwidth measured by a copy. Beside it, run in turn: the same without CUDA graphs, and
-transformers' generate(num_return_sequences=G). Times include the capturing of graphs, two for 512 new tokens; it is the best case of one
-group whose answers are all equally long. Step: sampling and update with their peak memory; where weights, gradients and moments exceed the
-card, the optimizer's state is in host memory (7B: 114 GiB of it). Fits: the largest group whose answers fit at each length, by trying.
-Where a command may only run for some minutes, name one size and part at a time: --sizes 7B --parts step --repeats 2.
+Decoding: tokens per second after the prompt is encoded, as a share of the limit: the bytes that a step must
+read (weights, the prompt's keys and values once, the answers' own) over the bandwidth measured by a copy.
+Beside it, run in turn: transformers' generate(num_return_sequences=G). It is the best case of one group whose
+answers are all equally long. Step: sampling and update with their peak memory; where weights, gradients and
+moments exceed the card, the optimizer's state is in host memory (7B: 114 GiB of it). Fits: the largest group
+whose answers fit at each length, by trying. Where a command may only run for some minutes, name one size and
+part at a time: --sizes 7B --parts step --repeats 2.
 """
 
 from __future__ import annotations
@@ -29,17 +31,28 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import grpo
 from bench_grpo import reward_of_ids
 from data import InputError, command_line, run_main, setting
-from rearank import Agent, Decoder, pick_device, sample
+from model import Agent, Cohort, pick_device, read_tokens, sample
 
 
 def shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict:
     """A Qwen2 configuration in the words of Qwen2Config."""
-    return dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=tied)
+    return dict(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+    )
 
 
-SHAPES = {"0.5B": shape(896, 4864, 24, 14, 2, 151936, True), "1.5B": shape(1536, 8960, 28, 12, 2, 151936, True),
-          "7B": shape(3584, 18944, 28, 28, 4, 152064, False), "test": shape(64, 128, 2, 4, 2, 500, False)}
+SHAPES = {
+    "0.5B": shape(896, 4864, 24, 14, 2, 151936, True),
+    "1.5B": shape(1536, 8960, 28, 12, 2, 151936, True),
+    "7B": shape(3584, 18944, 28, 28, 4, 152064, False),
+    "test": shape(64, 128, 2, 4, 2, 500, False),
+}
 
 
 @dataclasses.dataclass
@@ -47,7 +60,9 @@ class Settings:
     """Settings of the benchmark."""
 
     sizes: list[str] = setting(lambda: ["0.5B", "1.5B", "7B"], "Shapes.", nargs="+", choices=tuple(SHAPES))
-    parts: list[str] = setting(lambda: ["sample", "step", "fits"], "What to measure.", nargs="+", choices=("sample", "step", "fits"))
+    parts: list[str] = setting(
+        lambda: ["sample", "step", "fits"], "What to measure.", nargs="+", choices=("sample", "step", "fits")
+    )
     prompt: int = setting(2200, "Prompt tokens.", least=1)
     new: int = setting(512, "New tokens an answer.", least=2)
     group: int = setting(32, "Answers to a prompt.", least=2)
@@ -55,19 +70,27 @@ class Settings:
     repeats: int = setting(5, "Runs in turn; medians count.", least=1)
     answer_tokens: int = setting(8192, "Padded answer tokens in a micro-batch of the update.", least=1)
     checkpointing: bool = setting(True, "Recompute activations in the update's backward pass.")
-    offload: str = setting("auto", "Optimizer state in host memory; auto: where the card cannot hold it.", choices=("auto", "yes", "no"))
-    lengths: list[int] = setting(lambda: [512, 1024, 2048], "Answer lengths to find the largest group for.", nargs="+", type=int)
+    offload: str = setting(
+        "auto",
+        "Optimizer state in host memory; auto: where the card cannot hold it.",
+        choices=("auto", "yes", "no"),
+    )
+    lengths: list[int] = setting(
+        lambda: [512, 1024, 2048], "Answer lengths to find the largest group for.", nargs="+", type=int
+    )
     device: str = setting("auto", "cuda, cpu or auto.")
     json: bool = setting(False, "Print one JSON line a measure instead of the table.")
 
 
 def build(size: str, device: torch.device) -> torch.nn.Module:
-    """A model of this shape with random weights, on the device, which nothing of an earlier one fills any more."""
+    """A model of this shape with random weights, on the device, from which any earlier one is gone."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     torch.manual_seed(0)
-    config = Qwen2Config(**SHAPES[size], max_position_embeddings=32768, pad_token_id=0, eos_token_id=0, bos_token_id=None)
+    config = Qwen2Config(
+        **SHAPES[size], max_position_embeddings=32768, pad_token_id=0, eos_token_id=0, bos_token_id=None
+    )
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
@@ -106,28 +129,46 @@ def bandwidth(device: torch.device) -> float:
 
 
 def bytes_per_step(model, settings: Settings) -> float:
-    """What a decoding step cannot do without reading: weights, the prompt's keys and values once, on average half of the answers' own."""
+    """Bytes a decoding step must read: weights, the prompt's cache once, on average half of the answers'."""
     config, size = model.config, model.dtype.itemsize
     looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
     weights = sum(p.numel() for p in model.parameters()) - looked_up
-    place = 2 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    place = (
+        2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * config.hidden_size
+        // config.num_attention_heads
+    )
     return size * (weights + place * (settings.prompt + settings.group * settings.new / 2))
 
 
 def bench_sample(size: str, settings: Settings, device: torch.device) -> list[dict]:
-    """Decoding by captured graphs, beside decoding kernel by kernel and beside generate; nothing ends an answer before its last token."""
+    """Decoding beside generate; nothing ends an answer before its last token."""
     model = build(size, device)
-    prompt = torch.randint(1, model.config.vocab_size, (1, settings.prompt), generator=torch.Generator().manual_seed(0))
+    prompt = torch.randint(
+        1, model.config.vocab_size, (1, settings.prompt), generator=torch.Generator().manual_seed(0)
+    )
 
-    def ours(new: int, graphs: bool) -> None:
-        sample(model, prompt.tolist(), settings.group, new, 1.0, [], max_rows=settings.group, cuda_graphs=graphs)
+    def ours(new: int) -> None:
+        sample(model, prompt.tolist(), settings.group, new, 1.0, [], max_rows=settings.group)
 
     def generate(new: int) -> None:
         ids = prompt.to(device)
-        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new,
-                       min_new_tokens=new, num_return_sequences=settings.group, eos_token_id=None)
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            num_return_sequences=settings.group,
+            eos_token_id=None,
+        )
 
-    sides = {"ours": lambda new: ours(new, True), "ours without graphs": lambda new: ours(new, False), "transformers.generate": generate}
+    sides = {"ours": ours, "transformers.generate": generate}
     whole, first, mib = ({name: [] for name in sides} for _ in range(3))
     for repeat in range(-1, settings.repeats):  # the first round is a warm-up
         for name, side in sides.items():
@@ -136,62 +177,116 @@ def bench_sample(size: str, settings: Settings, device: torch.device) -> list[di
             with Measure() as long:
                 side(settings.new)
             if repeat >= 0:
-                whole[name].append(long.seconds), first[name].append(short.seconds), mib[name].append(long.mib)
+                (
+                    whole[name].append(long.seconds),
+                    first[name].append(short.seconds),
+                    mib[name].append(long.mib),
+                )
     median = statistics.median
-    decode = {name: (median(whole[name]) - median(first[name])) / (settings.new - 1) for name in sides}  # seconds a step
+    decode = {
+        name: (median(whole[name]) - median(first[name])) / (settings.new - 1) for name in sides
+    }  # seconds a step
     limit = bytes_per_step(model, settings) / bandwidth(device)
-    return [{"what": "sample", "size": size, "peer": peer, "ours_s": median(whole["ours"]), "peer_s": median(whole[peer]),
-             "ratio": median(b / a for a, b in zip(whole["ours"], whole[peer])), "ours_mib": median(mib["ours"]),
-             "peer_mib": median(mib[peer]), "repeats": settings.repeats, "prefill_s": median(first["ours"]),
-             "tokens_per_s": settings.group / decode["ours"], "peer_tokens_per_s": settings.group / decode[peer],
-             "share_of_limit": limit / decode["ours"], "peer_share_of_limit": limit / decode[peer]} for peer in list(sides)[1:]]
+    return [
+        {
+            "what": "sample",
+            "size": size,
+            "peer": peer,
+            "ours_s": median(whole["ours"]),
+            "peer_s": median(whole[peer]),
+            "ratio": median(b / a for a, b in zip(whole["ours"], whole[peer])),
+            "ours_mib": median(mib["ours"]),
+            "peer_mib": median(mib[peer]),
+            "repeats": settings.repeats,
+            "prefill_s": median(first["ours"]),
+            "tokens_per_s": settings.group / decode["ours"],
+            "peer_tokens_per_s": settings.group / decode[peer],
+            "share_of_limit": limit / decode["ours"],
+            "peer_share_of_limit": limit / decode[peer],
+        }
+        for peer in list(sides)[1:]
+    ]
 
 
 def bench_step(size: str, settings: Settings, device: torch.device) -> list[dict]:
-    """Whole steps without a reference model: sampling, then the update with master weights and moments; medians, without the first."""
+    """Whole steps without a reference model: sampling, then the update with master weights and moments.
+
+    Medians, without the first step.
+    """
     model = build(size, device)
     state = 16 * model.num_parameters()  # float32 gradient sums, masters and two moments
     too_large = device.type == "cuda" and state > 0.8 * torch.cuda.mem_get_info()[0]
     offload = settings.offload == "yes" or settings.offload == "auto" and too_large
     optimizer, agent = grpo.MasterAdamW(list(model.parameters()), offload=offload), Agent(model, None, [])
-    options = grpo.Settings(group=settings.group, beta=0.0, answer_tokens=settings.answer_tokens, checkpointing=settings.checkpointing)
+    options = grpo.Settings(
+        group=settings.group,
+        beta=0.0,
+        answer_tokens=settings.answer_tokens,
+        checkpointing=settings.checkpointing,
+    )
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(1, model.config.vocab_size, (settings.prompts, settings.prompt), generator=generator).tolist()
+    prompts = torch.randint(
+        1, model.config.vocab_size, (settings.prompts, settings.prompt), generator=generator
+    ).tolist()
     sampling, update = [], []
     for step in range(settings.repeats + 1):
         with Measure() as measure:
             groups = sample(model, prompts, settings.group, settings.new, 1.0, [], seed=step, max_rows=128)
         sampling.append(measure)
         completions = [c for group in groups for c in group]
-        rewards = torch.tensor([reward_of_ids(c.ids) for c in completions], device=device).view(len(prompts), settings.group)
+        rewards = torch.tensor([reward_of_ids(c.ids) for c in completions], device=device).view(
+            len(prompts), settings.group
+        )
         with Measure() as measure:
-            grpo.update_policy(agent, None, optimizer, grpo.Rollouts([], prompts, completions, [], [], 1.0), rewards, 1e-6, options)
+            rollouts = grpo.Rollouts([], prompts, completions, [], [], 1.0)
+            grpo.update_policy(
+                agent, None, optimizer, rollouts, grpo.group_advantages(rewards), 1e-6, options
+            )
         update.append(measure)
     optimizer.release()
     seconds = [statistics.median(m.seconds for m in part[1:]) for part in (sampling, update)]
-    return [{"what": "step", "size": size, "peer": None, "ours_s": sum(seconds), "peer_s": None, "ratio": None,
-             "ours_mib": max(m.mib for m in sampling + update), "peer_mib": None, "repeats": settings.repeats, "sample_s": seconds[0],
-             "update_s": seconds[1], "peak_mib_in_all": max(m.peak_mib for m in sampling + update), "offload": offload}]
+    return [
+        {
+            "what": "step",
+            "size": size,
+            "peer": None,
+            "ours_s": sum(seconds),
+            "peer_s": None,
+            "ratio": None,
+            "ours_mib": max(m.mib for m in sampling + update),
+            "peer_mib": None,
+            "repeats": settings.repeats,
+            "sample_s": seconds[0],
+            "update_s": seconds[1],
+            "peak_mib_in_all": max(m.peak_mib for m in sampling + update),
+            "offload": offload,
+        }
+    ]
 
 
 @torch.inference_mode()
 def fits(model, settings: Settings, group: int, length: int) -> float | None:
-    """Peak memory the allocator held, in GB (1e9, weights included), at the last step of `group` answers of `length` tokens; None where
-    that is too much."""
+    """Peak memory in GB (1e9, weights included) at the last step of `group` answers of `length` tokens.
+
+    It is what the allocator held; None where that is too much.
+    """
     prompt = torch.randint(1, model.config.vocab_size, (1, settings.prompt)).tolist()
     try:
         with Measure():
-            decoder = Decoder(model, group, settings.prompt, length)
-            decoder.admit(prompt, group, torch.rand(group, length))
-            decoder.ages, decoder.lengths[:group] = [length - 1] * group, length - 1
-            decoder.step()
+            cohort = Cohort(model, prompt, group, range(group))
+            cohort.tokens, cohort.length = cohort.logits.argmax(-1), length - 1
+            cohort.own = [own.new_zeros(*own.shape[:3], length, own.shape[4]) for own in cohort.own]
+            read_tokens(model, [cohort])
         return torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else 0.0
     except torch.OutOfMemoryError:
         return None
 
 
 def bench_fits(size: str, settings: Settings, device: torch.device) -> list[dict]:
-    """The largest group, in doublings, that fits in 80 GB and on this card, for each length. (Micro-batches bound the update.)"""
+    """The largest group, in doublings, that fits in 80 GB and on this card, for each length.
+
+    (Micro-batches bound the update.)
+    """
     model, rows = build(size, device), []
     for length in settings.lengths:
         best, group = {"80": 0, "card": 0}, settings.group
@@ -200,22 +295,39 @@ def bench_fits(size: str, settings: Settings, device: torch.device) -> list[dict
             if peak <= 80:
                 best["80"] = group
             group *= 2
-        rows.append({"what": "fits", "size": size, "length": length, "group_in_80_gb": best["80"], "group_on_this_card": best["card"],
-                     "most_tried": 32 * settings.group})
+        rows.append(
+            {
+                "what": "fits",
+                "size": size,
+                "length": length,
+                "group_in_80_gb": best["80"],
+                "group_on_this_card": best["card"],
+                "most_tried": 32 * settings.group,
+            }
+        )
     return rows
 
 
 def line(row: dict) -> str:
     """One measure as a line of the table."""
     if row["what"] == "sample":
-        return (f"sample {row['size']:5} {row['tokens_per_s']:8.0f} tokens/s, {row['share_of_limit']:.0%} of the bandwidth limit, "
-                f"{row['ours_mib']:.0f} MiB; {row['peer']} {row['peer_tokens_per_s']:.0f}, {row['peer_share_of_limit']:.0%}, "
-                f"{row['peer_mib']:.0f} MiB; in all {row['ratio']:.1f} x faster")
+        return (
+            f"sample {row['size']:5} {row['tokens_per_s']:8.0f} tokens/s, "
+            f"{row['share_of_limit']:.0%} of the bandwidth limit, {row['ours_mib']:.0f} MiB; "
+            f"{row['peer']} {row['peer_tokens_per_s']:.0f}, {row['peer_share_of_limit']:.0%}, "
+            f"{row['peer_mib']:.0f} MiB; in all {row['ratio']:.1f} x faster"
+        )
     if row["what"] == "step":
-        return (f"step   {row['size']:5} {row['ours_s']:.2f} s: sampling {row['sample_s']:.2f}, update {row['update_s']:.2f}; "
-                f"peak {row['peak_mib_in_all']:.0f} MiB with weights and state{', optimizer in host memory' if row['offload'] else ''}")
-    return (f"fits   {row['size']:5} {row['length']} new tokens: group of {row['group_in_80_gb']} in 80 GB, {row['group_on_this_card']} on "
-            f"this card (tried up to {row['most_tried']})")
+        where = ", optimizer in host memory" if row["offload"] else ""
+        return (
+            f"step   {row['size']:5} {row['ours_s']:.2f} s: "
+            f"sampling {row['sample_s']:.2f}, update {row['update_s']:.2f}; "
+            f"peak {row['peak_mib_in_all']:.0f} MiB with weights and state{where}"
+        )
+    return (
+        f"fits   {row['size']:5} {row['length']} new tokens: group of {row['group_in_80_gb']} in 80 GB, "
+        f"{row['group_on_this_card']} on this card (tried up to {row['most_tried']})"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -223,15 +335,21 @@ def main(argv: list[str] | None = None) -> int:
     settings = command_line(Settings, argv, __doc__)
     device = pick_device(settings.device)
     if device.type != "cuda" and (device.type != "cpu" or set(settings.sizes) != {"test"}):
-        raise InputError("no GPU here: bench_gpu.py measures on CUDA; on a CPU use --sizes test --device cpu --prompt 60 --new 20 "
-                         "--group 4")
+        raise InputError(
+            "no GPU here: bench_gpu.py measures on CUDA; "
+            "on a CPU use --sizes test --device cpu --prompt 60 --new 20 --group 4"
+        )
     if not settings.json:
         card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        print(f"{card}, torch {torch.__version__}, {bandwidth(device) / 1e12:.2f} TB/s by a copy; {settings.prompt} prompt tokens, "
-              f"G = {settings.group}, {settings.new} new tokens")
+        print(
+            f"{card}, torch {torch.__version__}, {bandwidth(device) / 1e12:.2f} TB/s by a copy; "
+            f"{settings.prompt} prompt tokens, G = {settings.group}, {settings.new} new tokens"
+        )
     for size in settings.sizes:
         for part in settings.parts:
-            for row in {"sample": bench_sample, "step": bench_step, "fits": bench_fits}[part](size, settings, device):
+            for row in {"sample": bench_sample, "step": bench_step, "fits": bench_fits}[part](
+                size, settings, device
+            ):
                 print(json.dumps(row) if settings.json else line(row), flush=True)
     return 0
 

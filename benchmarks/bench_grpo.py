@@ -1,14 +1,15 @@
-"""Sampling and a full GRPO step beside the frameworks', in one process, in turn: transformers' generate and trl.GRPOTrainer.
+"""Sampling and a full GRPO step beside transformers' generate and trl.GRPOTrainer, in one process, in turn.
 
-    python benchmarks/bench_grpo.py --size tiny          (about 3 minutes on 2 cores)
-    python benchmarks/bench_grpo.py --size small         (about an hour on 2 cores)
-    python benchmarks/bench_grpo.py --only tricks        (each trick by itself, against the same code without it; --size small too)
+    python benchmarks/bench_grpo.py --size tiny    (about 3 minutes on 2 cores)
+    python benchmarks/bench_grpo.py --size small   (about an hour on 2 cores)
+    python benchmarks/bench_grpo.py --only tricks  (each trick against the code without it; --size small too)
 
-Same model, same prompts, same group size, same reward (a function of the ids, not of a text). Each side cuts its update as it comes: TRL
-takes the whole group as one batch of `per_device_train_batch_size` (smaller ones need less memory and accumulate), ours micro-batches of
-384 answer tokens. Ratios are peer / ours, the median over pairs run in turn; memory is the peak over what a fresh process held before the
-call, what torch allocates for itself in a first call included. Beside each ratio stands the estimated limit: the bytes and FLOPs that
-cannot be done without, over what this machine reaches in a plain sum and a plain matrix product.
+Same model, same prompts, same group size, same reward (a function of the ids, not of a text). Each side cuts
+its update as it comes: TRL takes the whole group as one batch of `per_device_train_batch_size` (smaller ones
+need less memory and accumulate), ours micro-batches of 384 answer tokens. Ratios are peer / ours, the median
+over pairs run in turn; memory is the peak over what a fresh process held before the call, what torch
+allocates for itself in a first call included. Beside each ratio stands the estimated limit: the bytes and
+FLOPs that cannot be done without, over what this machine reaches in a plain sum and a plain matrix product.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import grpo
 from data import command_line, run_main, setting
-from rearank import Agent, Completion, PromptMemory, encode_prompts, forward, sample
+from model import Agent, PromptAttention, encode_prompts, forward, microbatches, sample
+from toy import ToySettings
 
 
 @dataclasses.dataclass
@@ -44,16 +46,24 @@ class Settings:
     size: str = setting("tiny", "Which model and lengths.", choices=("tiny", "small"))
     repeats: int = setting(5, "Pairs of runs; the median counts.", least=1)
     beta: list[float] = setting(lambda: [0.0, 0.04], "KL weights of the step.", nargs="+", type=float)
-    only: str = setting("both", "Only one part; both: sample and step. tricks takes 2 minutes (small: 15).",
-                        choices=("both", "sample", "step", "tricks"))
+    only: str = setting(
+        "both",
+        "Only one part; both: sample and step. tricks takes 2 minutes (small: 15).",
+        choices=("both", "sample", "step", "tricks"),
+    )
     threads: int = setting(1, "Threads for torch, ours and the peer's.")
-    side: str = setting("", "Used by the benchmark itself: make the one call of this name and print its peak memory in MiB.")
+    side: str = setting(
+        "", "Used by the benchmark itself: make the one call of this name and print its peak memory in MiB."
+    )
     json: bool = setting(False, "Print one JSON line a measure instead of the table.")
 
 
 @dataclasses.dataclass
 class Size:
-    """Model shape and lengths: prompts of `prompt` tokens, answers of up to `new`; `group` of them in sampling, `step_group` in a step."""
+    """Model shape and lengths: prompts of `prompt` tokens, answers of up to `new`.
+
+    `group` of them in sampling, `step_group` in a step.
+    """
 
     config: dict
     prompt: int
@@ -65,19 +75,49 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(dict(vocab_size=512, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                      num_key_value_heads=2), prompt=300, new=96, prompts=4, step_group=32),
-    "small": Size(dict(vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=12,
-                       num_key_value_heads=4), prompt=1500, new=128, prompts=1, step_group=8),
+    "tiny": Size(
+        dict(
+            vocab_size=512,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
+        prompt=300,
+        new=96,
+        prompts=4,
+        step_group=32,
+    ),
+    "small": Size(
+        dict(
+            vocab_size=32000,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=4,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+        ),
+        prompt=1500,
+        new=128,
+        prompts=1,
+        step_group=8,
+    ),
 }
 END = 2
 
 
 def build(size: Size) -> torch.nn.Module:
-    """A random model whose answers end, on average, at about half of the longest length: its end token gets the right share."""
+    """A random model whose end token has the share that ends answers on average at about half the length."""
     torch.manual_seed(0)
-    config = Qwen2Config(**size.config, max_position_embeddings=4096, initializer_range=0.02, pad_token_id=END, eos_token_id=END,
-                         bos_token_id=None)
+    config = Qwen2Config(
+        **size.config,
+        max_position_embeddings=4096,
+        initializer_range=0.02,
+        pad_token_id=END,
+        eos_token_id=END,
+        bos_token_id=None,
+    )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     with torch.no_grad():  # logits near 0 but for the end token, whose probability must be about 2 / longest
         model.lm_head.weight.mul_(0.1)
@@ -112,11 +152,13 @@ class Peak:
         self.mib = max(0, self.peak - self.base) / 2**20
 
 
-def in_turn(settings: Settings, only: str, beta: float, ours, peer, names: tuple[str, str] = ("ours", "peer")) -> dict:
-    """Run both alternately after one warm-up each; medians of the times, and the median of the ratios of the pairs.
+def in_turn(
+    settings: Settings, only: str, beta: float, ours, peer, names: tuple[str, str] = ("ours", "peer")
+) -> dict:
+    """Run both in turn after one warm-up each; medians of the times and of the ratios of the pairs.
 
-    Memory is that of a first call in a process of its own, since one that has already run keeps its heap. With --side set, this is
-    that process: it makes the one call of this name, prints its peak and leaves.
+    Memory is that of a first call in a process of its own, since one that has already run keeps its heap.
+    With --side set, this is that process: it makes the one call of this name, prints its peak and leaves.
     """
     if settings.side:
         sides = dict(zip(names, (ours, peer)))
@@ -126,9 +168,26 @@ def in_turn(settings: Settings, only: str, beta: float, ours, peer, names: tuple
             sides[settings.side]()
         print(peak.mib)
         sys.exit(0)
-    command = [sys.executable, __file__, "--size", settings.size, "--only", only, "--beta", str(beta), "--threads", str(settings.threads)]
-    mib = [float(subprocess.run([*command, "--side", side], capture_output=True, text=True, check=True).stdout.split()[-1])
-           for side in names]
+    command = [
+        sys.executable,
+        __file__,
+        "--size",
+        settings.size,
+        "--only",
+        only,
+        "--beta",
+        str(beta),
+        "--threads",
+        str(settings.threads),
+    ]
+    mib = [
+        float(
+            subprocess.run(
+                [*command, "--side", side], capture_output=True, text=True, check=True
+            ).stdout.split()[-1]
+        )
+        for side in names
+    ]
     ours(), peer()
     pairs = []
     for _ in range(settings.repeats):
@@ -138,13 +197,24 @@ def in_turn(settings: Settings, only: str, beta: float, ours, peer, names: tuple
             call()
             times.append(time.perf_counter() - started)
         pairs.append(times)
-    return {"ours_s": statistics.median(p[0] for p in pairs), "peer_s": statistics.median(p[1] for p in pairs),
-            "ratio": statistics.median(p[1] / p[0] for p in pairs), "ours_mib": mib[0], "peer_mib": mib[1], "repeats": settings.repeats}
+    return {
+        "ours_s": statistics.median(p[0] for p in pairs),
+        "peer_s": statistics.median(p[1] for p in pairs),
+        "ratio": statistics.median(p[1] / p[0] for p in pairs),
+        "ours_mib": mib[0],
+        "peer_mib": mib[1],
+        "repeats": settings.repeats,
+    }
 
 
-def limit_seconds(size: Size, model: torch.nn.Module, prompts: int, answers: list[int], passes: int = 0) -> float:
-    """The least time this machine could take for answers of these lengths to `prompts` prompts, and for `passes` forward passes more over
-    all tokens (a backward pass counts as two): FLOPs over the measured matmul peak; decoding no less than its bytes over the bandwidth."""
+def limit_seconds(
+    size: Size, model: torch.nn.Module, prompts: int, answers: list[int], passes: int = 0
+) -> float:
+    """The least time this machine could take for answers of these lengths to `prompts` prompts.
+
+    And for `passes` forward passes more over all tokens (a backward pass counts as two): FLOPs over the
+    measured matmul peak; decoding no less than its bytes over the bandwidth.
+    """
     a = torch.randn(1024, 1024)
     started = time.perf_counter()
     for _ in range(10):
@@ -171,9 +241,11 @@ def limit_seconds(size: Size, model: torch.nn.Module, prompts: int, answers: lis
 
 
 def bench_sample(size: Size, settings: Settings) -> list[dict]:
-    """`sample` against generate(num_return_sequences=group): called for each prompt and for all at once, a row each."""
+    """`sample` against generate(num_return_sequences=group): a prompt a call and all at once, a row each."""
     model = build(size)
-    prompts = torch.randint(3, size.config["vocab_size"], (size.prompts, size.prompt), generator=torch.Generator().manual_seed(0))
+    prompts = torch.randint(
+        3, size.config["vocab_size"], (size.prompts, size.prompt), generator=torch.Generator().manual_seed(0)
+    )
     seen = {}
 
     def ours():
@@ -182,14 +254,29 @@ def bench_sample(size: Size, settings: Settings) -> list[dict]:
         seen["lengths"] = lengths
 
     def generate(ids):
-        return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                              max_new_tokens=size.new, num_return_sequences=size.group)
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=size.new,
+            num_return_sequences=size.group,
+        )
 
     peers = {"peer": ("generate, a prompt a call", lambda: [generate(p[None]) for p in prompts])}
     if size.prompts > 1:
         peers["together"] = ("generate, all in one", lambda: generate(prompts))
-    rows = [{"what": "sample", "size": settings.size, "peer": title, **in_turn(settings, "sample", 0.0, ours, call, ("ours", side))}
-            for side, (title, call) in peers.items()]
+    rows = [
+        {
+            "what": "sample",
+            "size": settings.size,
+            "peer": title,
+            **in_turn(settings, "sample", 0.0, ours, call, ("ours", side)),
+        }
+        for side, (title, call) in peers.items()
+    ]
     limit = limit_seconds(size, model, size.prompts, seen["lengths"])
     return [row | {"limit_s": limit} for row in rows]
 
@@ -200,55 +287,97 @@ def reward_of_ids(ids: list[int]) -> float:
 
 
 def bench_step(size: Size, settings: Settings, beta: float) -> dict:
-    """One whole step (sample, reward, advantage, reference, loss, backward, AdamW) against trl.GRPOTrainer's training_step."""
+    """A step (sample, reward, advantage, reference, loss, backward, AdamW) against TRL's training_step."""
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, size.config["vocab_size"], (size.step_prompts, size.prompt), generator=generator).tolist()
+    prompts = torch.randint(
+        3, size.config["vocab_size"], (size.step_prompts, size.prompt), generator=generator
+    ).tolist()
     mine, theirs = build(size), build(size)
     reference = build(size) if beta else None
     optimizer = grpo.MasterAdamW([p for p in mine.parameters() if p.requires_grad])
     # Short micro-batches of like length: little padding, little memory.
-    options = grpo.ToySettings(group=size.step_group, beta=beta, answer_tokens=384)
+    options = ToySettings(group=size.step_group, beta=beta, answer_tokens=384)
     agent, steps, seen = Agent(mine, None, [END]), iter(range(10**6)), {}
 
     def ours():
         groups = sample(mine, prompts, size.step_group, size.new, 1.0, [END], seed=next(steps), max_rows=1024)
-        completions: list[Completion] = [c for group in groups for c in group]
+        completions = [c for group in groups for c in group]
         seen["lengths"] = [len(c.ids) for c in completions]
-        rewards = torch.tensor([reward_of_ids(c.ids) for c in completions]).view(len(prompts), size.step_group)
-        grpo.update_policy(agent, reference, optimizer, grpo.Rollouts([], prompts, completions, [], [], 1.0), rewards, 1e-6, options)
+        rewards = torch.tensor([reward_of_ids(c.ids) for c in completions]).view(
+            len(prompts), size.step_group
+        )
+        rollouts = grpo.Rollouts([], prompts, completions, [], [], 1.0)
+        grpo.update_policy(
+            agent, reference, optimizer, rollouts, grpo.group_advantages(rewards), 1e-6, options
+        )
 
     row = in_turn(settings, "step", beta, ours, trl_step(theirs, prompts, size, beta))
     limit = limit_seconds(size, mine, len(prompts), seen["lengths"], passes=4 if beta else 3)
-    return {"what": "step", "size": settings.size, "peer": "trl.GRPOTrainer", **row, "limit_s": limit, "beta": beta}
+    return {
+        "what": "step",
+        "size": settings.size,
+        "peer": "trl.GRPOTrainer",
+        **row,
+        "limit_s": limit,
+        "beta": beta,
+    }
 
 
 def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
-    """A function that makes TRL take one optimizer step on the same prompts, through the trainer's own training_step."""
+    """A function that makes TRL's trainer take one step on the same prompts, by its own training_step."""
     import trl
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
+
     core = Tokenizer(WordLevel({f"w{i}": i for i in range(size.config["vocab_size"])}, unk_token="w0"))
     core.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=f"w{END}", pad_token=f"w{END}", padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=f"w{END}", pad_token=f"w{END}", padding_side="left"
+    )
     folder = tempfile.mkdtemp()
     config = trl.GRPOConfig(
-        output_dir=folder, per_device_train_batch_size=size.step_group * len(prompts), num_generations=size.step_group,
-        max_completion_length=size.new, beta=0.0, temperature=1.0, top_k=0, top_p=1.0, learning_rate=1e-6, lr_scheduler_type="constant",
-        max_grad_norm=1.0, loss_type="grpo", num_iterations=1, max_steps=10**6, use_cpu=True, bf16=False, gradient_checkpointing=False,
-        report_to=[], save_strategy="no", logging_steps=10**6, disable_tqdm=True)
+        output_dir=folder,
+        per_device_train_batch_size=size.step_group * len(prompts),
+        num_generations=size.step_group,
+        max_completion_length=size.new,
+        beta=0.0,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        loss_type="grpo",
+        num_iterations=1,
+        max_steps=10**6,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=10**6,
+        disable_tqdm=True,
+    )
     rows = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in p) for p in prompts]})
-    trainer = trl.GRPOTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer,
-                              reward_funcs=lambda completion_ids, **_: [reward_of_ids(ids) for ids in completion_ids])
+    trainer = trl.GRPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        reward_funcs=lambda completion_ids, **_: [reward_of_ids(ids) for ids in completion_ids],
+    )
     trainer.create_optimizer_and_scheduler(10**6)
     batch = [{"prompt": row} for row in rows["prompt"] for _ in range(size.step_group)]
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     if beta:  # the trainer would fetch its reference from the hub by the model's name
         trainer.beta, trainer.ref_model = beta, build(size)
-        trl.trainer.grpo_trainer.add_fused_lm_head(trainer.ref_model, temperature=1.0, cast_lm_head_to_fp32=False)
+        trl.trainer.grpo_trainer.add_fused_lm_head(
+            trainer.ref_model, temperature=1.0, cast_lm_head_to_fp32=False
+        )
 
     def step():
         trainer._buffered_inputs = None
@@ -265,32 +394,64 @@ def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
 def bench_tricks(size: Size, settings: Settings) -> list[dict]:
     """Each trick against the same code without it. What a trick saves is peer / ours here too."""
     model, count = build(size), size.step_group
-    prompts = torch.randint(3, size.config["vocab_size"], (size.prompts, size.prompt), generator=torch.Generator().manual_seed(0)).tolist()
-    draw = lambda prompts, group, stop: sample(model, prompts, group, size.new, 1.0, stop, seed=0, max_rows=64)  # noqa: E731
-    generator = torch.Generator().manual_seed(1)  # answers of any ids: had the model drawn them, its memory would already be there
-    answers = [torch.randint(3, size.config["vocab_size"], (n,), generator=generator).tolist()
-               for n in torch.randint(1, size.new + 1, (count,), generator=generator).tolist()]
+    prompts = torch.randint(
+        3, size.config["vocab_size"], (size.prompts, size.prompt), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    generator = torch.Generator().manual_seed(
+        1
+    )  # answers of any ids: had the model drawn them, its memory would already be there
+    answers = [
+        torch.randint(3, size.config["vocab_size"], (n,), generator=generator).tolist()
+        for n in torch.randint(1, size.new + 1, (count,), generator=generator).tolist()
+    ]
+
+    def draw(prompts: list[list[int]], group: int, stop: list[int]) -> None:
+        sample(model, prompts, group, size.new, 1.0, stop, seed=0, max_rows=64)
 
     def learn(prompts: list[list[int]], answer_tokens: int) -> None:
-        grpo.through_groups(model, prompts, answers, lambda batch: batch.logps.sum(), True, answer_tokens=answer_tokens)
+        for batch in microbatches(model, prompts, answers, answer_tokens=answer_tokens):
+            batch.logps.sum().backward()
         model.zero_grad()
 
     @torch.no_grad()
     def encode_whole() -> None:
         """A prompt through the whole of the last layer."""
         lengths = torch.full((1,), size.prompt)
-        forward(model, torch.tensor(prompts[:1]), torch.arange(size.prompt)[None], PromptMemory(lengths).attend)
+        forward(
+            model, torch.tensor(prompts[:1]), torch.arange(size.prompt)[None], PromptAttention(lengths).attend
+        )
 
     tricks = {
-        "sampling: a prompt once for its group": (lambda: draw(prompts, size.group, [END]),
-                                                  lambda: draw([p for p in prompts for _ in range(size.group)], 1, [END])),
-        "sampling: rows that have ended leave": (lambda: draw(prompts, size.group, [END]), lambda: draw(prompts, size.group, [])),
-        "prompt: one place in the last layer": (torch.no_grad()(lambda: encode_prompts(model, prompts[:1])), encode_whole),
-        "update: a prompt once for its group": (lambda: learn(prompts[:1], 384), lambda: learn(prompts[:1] * count, 384)),
-        "update: micro-batches of like length": (lambda: learn(prompts[:1], 384), lambda: learn(prompts[:1], 10**9)),
+        "sampling: a prompt once for its group": (
+            lambda: draw(prompts, size.group, [END]),
+            lambda: draw([p for p in prompts for _ in range(size.group)], 1, [END]),
+        ),
+        "sampling: rows that have ended leave": (
+            lambda: draw(prompts, size.group, [END]),
+            lambda: draw(prompts, size.group, []),
+        ),
+        "prompt: one place in the last layer": (
+            torch.no_grad()(lambda: encode_prompts(model, prompts[:1])),
+            encode_whole,
+        ),
+        "update: a prompt once for its group": (
+            lambda: learn(prompts[:1], 384),
+            lambda: learn(prompts[:1] * count, 384),
+        ),
+        "update: micro-batches of like length": (
+            lambda: learn(prompts[:1], 384),
+            lambda: learn(prompts[:1], 10**9),
+        ),
     }
-    return [{"what": title, "size": settings.size, "peer": "without it",
-             **in_turn(settings, "tricks", 0.0, *calls, (f"with {i}", f"without {i}"))} for i, (title, calls) in enumerate(tricks.items())]
+    return [
+        {
+            "what": title,
+            "size": settings.size,
+            "peer": "without it",
+            **in_turn(settings, "tricks", 0.0, *calls, (f"with {i}", f"without {i}")),
+        }
+        for i, (title, calls) in enumerate(tricks.items())
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -312,9 +473,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             what = row["what"] + (f", beta {row['beta']}" if "beta" in row else "")
             limit = f"   limit {row['limit_s']:.2f} s" if "limit_s" in row else ""
-            print(f"{what:38} {row['size']:5} ours {row['ours_s']:7.3f} s {row['ours_mib']:6.0f} MiB   "
-                  f"{row['peer']:25} {row['peer_s']:7.3f} s {row['peer_mib']:6.0f} MiB   {row['ratio']:5.1f} x faster, "
-                  f"memory 1/{row['peer_mib'] / max(row['ours_mib'], 1):.1f}{limit}")
+            print(
+                f"{what:38} {row['size']:5} ours {row['ours_s']:7.3f} s {row['ours_mib']:6.0f} MiB   "
+                f"{row['peer']:25} {row['peer_s']:7.3f} s {row['peer_mib']:6.0f} MiB   "
+                f"{row['ratio']:5.1f} x faster, "
+                f"memory 1/{row['peer_mib'] / max(row['ours_mib'], 1):.1f}{limit}"
+            )
     return 0
 
 

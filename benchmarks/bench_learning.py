@@ -1,11 +1,13 @@
-"""Is the learning the same? Reward against steps on the toy task: our loop and trl.GRPOTrainer with equal settings, three seeds each.
+"""Is the learning the same? Reward against steps on the toy task, our loop and trl.GRPOTrainer, three seeds.
 
-    python benchmarks/bench_learning.py                  (about 15 minutes on 2 cores; writes learning_curves.csv and .png beside this file)
-    python benchmarks/bench_learning.py --plot-only      (draws and judges the curves of the CSV that is there)
+    python benchmarks/bench_learning.py              (about 15 minutes on 2 cores; writes learning_curves.csv
+                                                      and .png beside this file)
+    python benchmarks/bench_learning.py --plot-only  (draws and judges the curves of the CSV that is there)
 
-For each seed the toy model is warm-started once; both loops begin from those weights, with the same pool of windows, reward, prompts per
-step, group, learning rate (constant), AdamW, clipping, temperature and number of steps. What differs is what must: the random numbers of
-sampling, the order of the pool, and TRL's 1e-4 under the fraction where we treat a flat group as flat.
+For each seed the toy model is warm-started once; both loops begin from those weights, with the same pool of
+windows, reward, prompts per step, group, learning rate (constant), AdamW, clipping, temperature and number of
+steps. What differs is what must: the random numbers of sampling, the order of the pool, and TRL's 1e-4 under
+the fraction where we treat a flat group as flat.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ import torch
 from tqdm import tqdm
 
 import grpo
-from data import Instance, atomic_write, command_line, expand, run_main, setting, toy_task
-from rearank import Agent, Completion, build_messages
+from data import Instance, atomic_write, command_line, expand, run_main, setting
+from model import Agent, Completion
+from rearank import build_messages
 from reward import score_response
+from toy import ToySettings, toy_agent, toy_lessons, toy_task
 
 COLUMNS = ("loop", "seed", "step", "reward", "ndcg", "seconds")
 
@@ -38,41 +42,79 @@ COLUMNS = ("loop", "seed", "step", "reward", "ndcg", "seconds")
 class Settings:
     """Settings of the comparison."""
 
-    seeds: list[int] = setting(lambda: [0, 1, 2], "Seeds: of the warm start, the pool and the sampling.", nargs="+", type=int)
+    seeds: list[int] = setting(
+        lambda: [0, 1, 2], "Seeds: of the warm start, the pool and the sampling.", nargs="+", type=int
+    )
     steps: int = setting(100, "GRPO steps.", least=1)
     prompts_per_step: int = setting(16, "Prompts in a step.", least=1)
     group: int = setting(16, "Rollouts for each prompt.", least=2)
     lr: float = setting(5e-4, "Learning rate, constant.")
     sft_steps: int = setting(700, "Supervised steps of the warm start.", least=0)
     threads: int = setting(1, "Threads for torch.")
-    csv: str = setting(str(Path(__file__).with_name("learning_curves.csv")), "The curves; the plot goes beside it.")
+    csv: str = setting(
+        str(Path(__file__).with_name("learning_curves.csv")), "The curves; the plot goes beside it."
+    )
     plot_only: bool = setting(False, "Only draw and judge the curves that --csv holds.")
 
 
-def toy_settings(settings: Settings, seed: int) -> grpo.ToySettings:
+def toy_settings(settings: Settings, seed: int) -> ToySettings:
     """The toy run's settings with what this comparison changes."""
-    return dataclasses.replace(grpo.ToySettings(), seed=seed, steps=settings.steps, prompts_per_step=settings.prompts_per_step,
-                               group=settings.group, lr=settings.lr, warmup=0, decay=False, beta=0.0, sft_steps=settings.sft_steps)
+    return dataclasses.replace(
+        ToySettings(),
+        seed=seed,
+        steps=settings.steps,
+        prompts_per_step=settings.prompts_per_step,
+        group=settings.group,
+        lr=settings.lr,
+        warmup=0,
+        decay=False,
+        beta=0.0,
+        sft_steps=settings.sft_steps,
+    )
 
 
-def warm_start(options: grpo.ToySettings) -> tuple[Agent, list[Instance]]:
+def warm_start(options: ToySettings) -> tuple[Agent, list[Instance]]:
     """The toy run's warm-started agent and its pool of windows."""
-    agent = grpo.toy_agent(options.seed)
-    grpo.supervised(agent, grpo.toy_lessons(agent, options), options.sft_steps, options.sft_lr, options, f"warm start, seed {options.seed}")
+    agent = toy_agent(options.seed)
+    grpo.supervised(
+        agent,
+        toy_lessons(agent, options),
+        options.sft_steps,
+        options.sft_lr,
+        options,
+        f"warm start, seed {options.seed}",
+    )
     candidates, qrels = toy_task(200, 20, options.seed)
-    return agent, expand(candidates, qrels, options.draws, options.window, options.order, options.keep, options.min_ndcg, options.seed)
+    return agent, expand(
+        candidates,
+        qrels,
+        options.draws,
+        options.window,
+        options.order,
+        options.keep,
+        options.min_ndcg,
+        options.seed,
+    )
 
 
-def our_curve(agent: Agent, instances: list[Instance], options: grpo.ToySettings) -> list[dict]:
+def our_curve(agent: Agent, instances: list[Instance], options: ToySettings) -> list[dict]:
     """A row a step from our loop."""
     optimizer, rows = grpo.MasterAdamW(list(agent.model.parameters())), []
     for step in tqdm(range(1, options.steps + 1), desc=f"ours, seed {options.seed}"):
-        row, _ = grpo.grpo_step(agent, None, optimizer, grpo.batch_of(instances, step, options), options.lr, options, step)
-        rows.append({"loop": "ours", "seed": options.seed, **{k: row[k] for k in ("step", "reward", "ndcg", "seconds")}})
+        row, _ = grpo.grpo_step(
+            agent, None, optimizer, grpo.batch_of(instances, step, options), options.lr, options, step
+        )
+        rows.append(
+            {
+                "loop": "ours",
+                "seed": options.seed,
+                **{k: row[k] for k in ("step", "reward", "ndcg", "seconds")},
+            }
+        )
     return rows
 
 
-def trl_curve(agent: Agent, instances: list[Instance], options: grpo.ToySettings) -> list[dict]:
+def trl_curve(agent: Agent, instances: list[Instance], options: ToySettings) -> list[dict]:
     """A row a step from trl.GRPOTrainer, whose reward function records what it was asked to judge."""
     import trl
     from datasets import Dataset
@@ -81,63 +123,126 @@ def trl_curve(agent: Agent, instances: list[Instance], options: grpo.ToySettings
 
     def reward(completion_ids: list[list[int]], instance: list[int], **_) -> list[float]:
         texts = [agent.decode(Completion(ids, ids[-1] in agent.stop_ids)) for ids in completion_ids]
-        scores = [score_response(text, instances[i].labels, instances[i].ideal) for text, i in zip(texts, instance)]
+        scores = [
+            score_response(text, instances[i].labels, instances[i].ideal) for text, i in zip(texts, instance)
+        ]
         now = time.perf_counter()
-        rows.append({"loop": "trl", "seed": options.seed, "step": len(rows) + 1, "reward": statistics.fmean(s.reward for s in scores),
-                     "ndcg": statistics.fmean(s.ndcg for s in scores), "seconds": now - started[0]})  # since the reward of the step before
+        rows.append(
+            {
+                "loop": "trl",
+                "seed": options.seed,
+                "step": len(rows) + 1,
+                "reward": statistics.fmean(s.reward for s in scores),
+                "ndcg": statistics.fmean(s.ndcg for s in scores),
+                "seconds": now - started[0],
+            }
+        )  # since the reward of the step before
         started[0] = now
         return [s.reward for s in scores]
 
     chats = [build_messages(x.query, x.texts, options.prompt) for x in instances]
-    prompts = [agent.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    prompts = [
+        agent.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        for chat in chats
+    ]
     batch = options.prompts_per_step * options.group
     config = trl.GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, num_generations=options.group,
-        max_completion_length=options.max_new_tokens, beta=0.0, temperature=options.temperature, top_k=0, top_p=1.0,
-        learning_rate=options.lr, lr_scheduler_type="constant", max_grad_norm=options.grad_clip, weight_decay=0.0,
-        loss_type="grpo", scale_rewards="group", num_iterations=1, max_steps=options.steps, seed=options.seed, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=10**6, disable_tqdm=True)
-    trainer = trl.GRPOTrainer(model=agent.model, reward_funcs=reward, args=config, processing_class=agent.tokenizer,
-                              train_dataset=Dataset.from_dict({"prompt": prompts, "instance": list(range(len(instances)))}))
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=batch,
+        num_generations=options.group,
+        max_completion_length=options.max_new_tokens,
+        beta=0.0,
+        temperature=options.temperature,
+        top_k=0,
+        top_p=1.0,
+        learning_rate=options.lr,
+        lr_scheduler_type="constant",
+        max_grad_norm=options.grad_clip,
+        weight_decay=0.0,
+        loss_type="grpo",
+        scale_rewards="group",
+        num_iterations=1,
+        max_steps=options.steps,
+        seed=options.seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=10**6,
+        disable_tqdm=True,
+    )
+    trainer = trl.GRPOTrainer(
+        model=agent.model,
+        reward_funcs=reward,
+        args=config,
+        processing_class=agent.tokenizer,
+        train_dataset=Dataset.from_dict({"prompt": prompts, "instance": list(range(len(instances)))}),
+    )
     trainer.train()
     return rows
 
 
 def judge(rows: list[dict], tail: int = 10) -> str:
-    """The last `tail` steps of each loop and seed, and how far the two curves' means lie apart, against the spread of the seeds."""
+    """The last `tail` steps of each loop and seed; how far the loops lie apart against the seeds' spread."""
     seeds = sorted({r["seed"] for r in rows})
-    loops = {name: [[r for r in rows if (r["loop"], r["seed"]) == (name, seed)] for seed in seeds] for name in ("ours", "trl")}
+    loops = {
+        name: [[r for r in rows if (r["loop"], r["seed"]) == (name, seed)] for seed in seeds]
+        for name in ("ours", "trl")
+    }
     lines, ends = [], {}
     for name, curves in loops.items():
         ends[name] = [statistics.fmean(r["reward"] for r in curve[-tail:]) for curve in curves]
         seconds = statistics.median(r["seconds"] for curve in curves for r in curve)
-        lines.append(f"{name:5} reward in the last {tail} steps, by seed: " + ", ".join(f"{x:.3f}" for x in ends[name])
-                     + f"   mean {statistics.fmean(ends[name]):.3f}   {seconds:.2f} s a step")
+        lines.append(
+            f"{name:5} reward in the last {tail} steps, by seed: "
+            + ", ".join(f"{x:.3f}" for x in ends[name])
+            + f"   mean {statistics.fmean(ends[name]):.3f}   {seconds:.2f} s a step"
+        )
     steps = min(len(curve) for curves in loops.values() for curve in curves)
-    at = lambda name, step: [curve[step]["reward"] for curve in loops[name]]  # noqa: E731
-    overlap = sum(min(at("ours", s)) <= max(at("trl", s)) and min(at("trl", s)) <= max(at("ours", s)) for s in range(steps))
-    lines.append(f"the seeds' ranges overlap in {overlap} of {steps} steps; means of the last {tail} differ by "
-                 f"{statistics.fmean(ends['ours']) - statistics.fmean(ends['trl']):+.3f}, the seeds of one loop by up to "
-                 f"{max(max(e) - min(e) for e in ends.values()):.3f}")
+    overlap = 0
+    for step in range(steps):
+        ours, trl = ([curve[step]["reward"] for curve in loops[name]] for name in ("ours", "trl"))
+        overlap += min(ours) <= max(trl) and min(trl) <= max(ours)
+    lines.append(
+        f"the seeds' ranges overlap in {overlap} of {steps} steps; means of the last {tail} differ by "
+        f"{statistics.fmean(ends['ours']) - statistics.fmean(ends['trl']):+.3f}, "
+        f"the seeds of one loop by up to {max(max(e) - min(e) for e in ends.values()):.3f}"
+    )
     return "\n".join(lines)
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Reward against steps: each seed a thin line, each loop's mean over its seeds a thick one (running mean of 5 steps)."""
+    """Reward against steps (running mean of 5): a thin line a seed, a thick one for each loop's mean."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    def smooth(values: list[float]) -> list[float]:
+        return [statistics.fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
+
     figure, axes = plt.subplots(figsize=(7, 4))
-    smooth = lambda values: [statistics.fmean(values[max(0, i - 4):i + 1]) for i in range(len(values))]  # noqa: E731
     seeds = sorted({r["seed"] for r in rows})
     for name, colour in (("ours", "tab:blue"), ("trl", "tab:orange")):
-        curves = [smooth([r["reward"] for r in rows if (r["loop"], r["seed"]) == (name, seed)]) for seed in seeds]
+        curves = [
+            smooth([r["reward"] for r in rows if (r["loop"], r["seed"]) == (name, seed)]) for seed in seeds
+        ]
         for curve in curves:
             axes.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.35, linewidth=1)
         mean = [statistics.fmean(values) for values in zip(*curves)]
-        axes.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2.5, label={"ours": "grpo.py", "trl": "trl.GRPOTrainer"}[name])
-    axes.set(xlabel="GRPO step", ylabel="reward (running mean of 5 steps)", title="The toy task: the same learning, three seeds each")
+        axes.plot(
+            range(1, len(mean) + 1),
+            mean,
+            color=colour,
+            linewidth=2.5,
+            label={"ours": "grpo.py", "trl": "trl.GRPOTrainer"}[name],
+        )
+    axes.set(
+        xlabel="GRPO step",
+        ylabel="reward (running mean of 5 steps)",
+        title="The toy task: the same learning, three seeds each",
+    )
     axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -156,11 +261,16 @@ def main(argv: list[str] | None = None) -> int:
             options = toy_settings(settings, seed)
             agent, instances = warm_start(options)
             for curve in (our_curve, trl_curve):
-                rows += curve(Agent(copy.deepcopy(agent.model), agent.tokenizer, agent.stop_ids), instances, options)
+                rows += curve(
+                    Agent(copy.deepcopy(agent.model), agent.tokenizer, agent.stop_ids), instances, options
+                )
                 with atomic_write(path) as file:
                     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
                     writer.writeheader()
-                    writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+                    writer.writerows(
+                        {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+                        for row in rows
+                    )
     with open(path, encoding="utf-8") as file:
         rows = [{k: v if k == "loop" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     plot(rows, path.with_suffix(".png"))

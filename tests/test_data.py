@@ -1,7 +1,10 @@
-"""Candidates, initial state expansion and BRIGHT: formats survive the round trip, bad input is named, draws are what the paper says."""
+"""Candidates, initial state expansion, training data, BRIGHT: formats survive the round trip, bad input is
+named, draws are what the paper says.
+"""
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import random
 from collections import Counter
@@ -12,35 +15,78 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import BRIGHT_SPLITS, Candidates, InputError, expand, read_candidates, read_qrels, write_candidates
+from data import (
+    Candidates,
+    InputError,
+    expand,
+    read_candidates,
+    read_qrels,
+    training_instances,
+    write_candidates,
+)
+from eval import evaluate
 from reward import ndcg
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real files of ../shared/data are not here")
 
-RANK_LLM = {"query": {"text": "what is a moat", "qid": 7},
-            "candidates": [{"docid": "d1", "score": 2.5, "doc": {"contents": "A moat is water."}},
-                           {"docid": 12, "score": 1, "doc": {"text": "Bread."}}]}
-HITS = {"query": "what is a moat", "hits": [{"content": "A moat is water.", "qid": 7, "docid": "d1", "rank": 1, "score": 2.5},
-                                            {"content": "Bread.", "qid": 7, "docid": "12", "rank": 2, "score": 1.0}]}
+RANK_LLM = {
+    "query": {"text": "what is a moat", "qid": 7},
+    "candidates": [
+        {"docid": "d1", "score": 2.5, "doc": {"contents": "A moat is water."}},
+        {"docid": 12, "score": 1, "doc": {"text": "Bread."}},
+    ],
+}
+HITS = {
+    "query": "what is a moat",
+    "hits": [
+        {"content": "A moat is water.", "qid": 7, "docid": "d1", "rank": 1, "score": 2.5},
+        {"content": "Bread.", "qid": 7, "docid": "12", "rank": 2, "score": 1.0},
+    ],
+}
+RANKIFY = {
+    "question": "what is a moat",
+    "answers": [],
+    "query_id": 7,
+    "ctxs": [
+        {"id": "d1", "text": "A moat is water.", "title": "", "score": 2.5, "has_answer": True},
+        {"id": 12, "text": "Bread.", "title": None, "score": 1},
+    ],
+}
 MOAT = Candidates("7", "what is a moat", ["d1", "12"], ["A moat is water.", "Bread."], [2.5, 1.0])
 
 
 def make_list(qid="q", passages=30):
     """A first-stage list of `passages` passages d0, d1, ... with falling scores."""
-    return Candidates(qid, f"query {qid}", [f"d{n}" for n in range(passages)], [f"text {n}" for n in range(passages)],
-                      [float(passages - n) for n in range(passages)])
+    return Candidates(
+        qid,
+        f"query {qid}",
+        [f"d{n}" for n in range(passages)],
+        [f"text {n}" for n in range(passages)],
+        [float(passages - n) for n in range(passages)],
+    )
 
 
 def labels_of(labels, qid="q"):
     return {qid: {f"d{n}": label for n, label in enumerate(labels)}}
 
 
-# -- candidates --------------------------------------------------------------------------------------------------------
+# -- candidates
 
 
-@pytest.mark.parametrize("content", [json.dumps(RANK_LLM), json.dumps([RANK_LLM]), json.dumps([RANK_LLM], indent=2), json.dumps([HITS]),
-                                     json.dumps(HITS), "\n" + json.dumps(RANK_LLM) + "\r\n\n", "\ufeff" + json.dumps(RANK_LLM)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(RANK_LLM),
+        json.dumps([RANK_LLM]),
+        json.dumps([RANK_LLM], indent=2),
+        json.dumps([HITS]),
+        json.dumps(HITS),
+        json.dumps([RANKIFY]),
+        "\n" + json.dumps(RANK_LLM) + "\r\n\n",
+        "\ufeff" + json.dumps(RANK_LLM),
+    ],
+)
 @pytest.mark.parametrize("compressed", [False, True])
 def test_every_shape_reads_as_the_same_candidates_whatever_the_name(tmp_path, content, compressed):
     path = tmp_path / ("lists.gz" if compressed else "lists")
@@ -48,11 +94,27 @@ def test_every_shape_reads_as_the_same_candidates_whatever_the_name(tmp_path, co
     assert read_candidates(path) == [MOAT]
 
 
-@pytest.mark.parametrize("doc, text", [({"contents": "c"}, "c"), ({"text": "t", "title": "T"}, "T t"), ({"passage": "p", "title": ""}, "p"),
-                                       ({"segment": "s", "title": None}, "s"), ({"body": "b", "url": "u"}, "b"), ({"contents": ""}, "")])
+@pytest.mark.parametrize(
+    "doc, text",
+    [
+        ({"contents": "c"}, "c"),
+        ({"text": "t", "title": "T"}, "T t"),
+        ({"passage": "p", "title": ""}, "p"),
+        ({"segment": "s", "title": None}, "s"),
+        ({"body": "b", "url": "u"}, "b"),
+        ({"contents": ""}, ""),
+    ],
+)
 def test_the_text_is_found_under_the_field_s_names_and_the_title_goes_first(tmp_path, doc, text):
-    (tmp_path / "c").write_text(json.dumps({**RANK_LLM, "candidates": [{"docid": "d", "score": 1.0, "doc": doc}]}))
+    (tmp_path / "c").write_text(
+        json.dumps({**RANK_LLM, "candidates": [{"docid": "d", "score": 1.0, "doc": doc}]})
+    )
     assert read_candidates(tmp_path / "c")[0].texts == [text]
+
+
+def test_a_querys_own_id_counts_before_that_of_its_passages(tmp_path):
+    (tmp_path / "c").write_text(json.dumps({**HITS, "qid": "own"}))
+    assert read_candidates(tmp_path / "c")[0].qid == "own"
 
 
 def spoiled(**changes):
@@ -62,23 +124,48 @@ def spoiled(**changes):
     return json.dumps({**RANK_LLM, "candidates": hits})
 
 
-@pytest.mark.parametrize("line, expected", [
-    ("{", "expected JSON"), ("3", "JSON object"), ("[]", "empty"), ("", "empty"), ('{"query": "q"}', '"candidates"'),
-    ('{"query": "q", "hits": []}', "qid"), ('{"query": "q", "hits": [3]}', '"hits"'), ('{"query": {"text": "q"}, "candidates": []}', "qid"),
-    ('{"query": {"qid": 1}, "candidates": []}', "the query's text"), ('{"query": {"qid": 1.5, "text": "q"}, "candidates": []}', "qid"),
-    ('{"query": {"qid": true, "text": "q"}, "candidates": []}', "qid"), ('{"query": {"qid": "", "text": "q"}, "candidates": []}', "qid"),
-    (spoiled(docid=None), "passage 2: expected the passage's id"), (spoiled(docid=1.0), "passage's id"), (spoiled(docid="d1"), "twice"),
-    (spoiled(doc={"id": 3}), "passage's text"), (spoiled(doc={"text": 3}), "passage's text"), (spoiled(doc="x"), "objects"),
-    (spoiled(doc={"text": "t", "title": 3}), "a title"), (spoiled(score=None), "finite number"), (spoiled(score="1"), "finite number"),
-    (spoiled(score=True), "finite number"), (spoiled(score=float("nan")), "finite number"), (spoiled(score=10 ** 400), "finite number"),
-    ("[" * 100_000, "expected JSON"), (json.dumps(RANK_LLM) + "\n" + json.dumps(RANK_LLM), "twice"),
-])
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("{", "expected JSON"),
+        ("3", "JSON object"),
+        ("[]", "empty"),
+        ("", "empty"),
+        ('{"query": "q"}', '"candidates"'),
+        ('{"query": "q", "hits": []}', "qid"),
+        ('{"query": "q", "hits": [3]}', '"hits"'),
+        ('{"query": {"text": "q"}, "candidates": []}', "qid"),
+        ('{"query": {"qid": 1}, "candidates": []}', "the query's text"),
+        ('{"query": {"qid": 1.5, "text": "q"}, "candidates": []}', "qid"),
+        ('{"query": {"qid": true, "text": "q"}, "candidates": []}', "qid"),
+        ('{"query": {"qid": "", "text": "q"}, "candidates": []}', "ids"),
+        (spoiled(docid=None), "passage 2: expected the passage's id"),
+        (spoiled(docid=1.0), "passage's id"),
+        (spoiled(docid="d1"), "twice"),
+        (spoiled(doc={"id": 3}), "passage's text"),
+        (spoiled(doc={"text": None}), "passage's text"),
+        (spoiled(doc="x"), "objects"),
+        (spoiled(doc={"text": "t", "title": [3]}), "a title"),
+        (spoiled(docid=""), "ids that are not empty"),
+        (spoiled(score=None), "finite number"),
+        (spoiled(score="1"), "finite number"),
+        (spoiled(score=True), "finite number"),
+        (spoiled(score=float("nan")), "finite number"),
+        (spoiled(score=10**400), "finite number"),
+        ("[" * 100_000, "expected JSON"),
+        (json.dumps(RANK_LLM) + "\n" + json.dumps(RANK_LLM), "twice"),
+    ],
+)
 def test_malformed_candidates_are_one_line_that_names_the_file(tmp_path, line, expected):
     path = tmp_path / "lists.jsonl"
     path.write_text(line)
     with pytest.raises(InputError) as error:
         read_candidates(path)
-    assert expected in str(error.value) and str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    assert (
+        expected in str(error.value)
+        and str(error.value).startswith(str(path))
+        and "\n" not in str(error.value)
+    )
 
 
 def test_errors_name_the_line_of_jsonl_and_the_record_of_json(tmp_path):
@@ -103,8 +190,14 @@ def test_a_damaged_gzip_file_is_one_line(tmp_path):
 
 
 texts = st.text(max_size=20)  # with every odd line separator, quote and control character there is
-lists = st.builds(lambda qid, query, hits: Candidates(qid, query, list(hits), [t for t, _ in hits.values()], [s for _, s in hits.values()]),
-                  texts.filter(bool), texts, st.dictionaries(texts.filter(bool), st.tuples(texts, st.floats(-1e9, 1e9)), max_size=4))
+lists = st.builds(
+    lambda qid, query, hits: Candidates(
+        qid, query, list(hits), [t for t, _ in hits.values()], [s for _, s in hits.values()]
+    ),
+    texts.filter(bool),
+    texts,
+    st.dictionaries(texts.filter(bool), st.tuples(texts, st.floats(-1e9, 1e9)), max_size=4),
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -122,18 +215,40 @@ def test_half_a_surrogate_pair_does_not_stop_the_writer(tmp_path):
     assert read_candidates(tmp_path / "out") == lists and lists[0].texts[1] == "broken ? emoji"
 
 
+@pytest.mark.parametrize("name", ["file", "file.gz"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, name):
+    write_candidates(tmp_path / name, [MOAT])
+
+    def interrupted():
+        yield make_list()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_candidates(tmp_path / name, interrupted())
+    assert [path.name for path in tmp_path.iterdir()] == [name] and read_candidates(tmp_path / name) == [MOAT]
+
+
 @needs_shared
 def test_the_real_dl21_file_and_the_old_shape_agree():
     lists = read_candidates(SHARED / "dl21_train_dev" / "retrieve_results_dl21_top100.jsonl.gz")
-    assert len(lists) == 53 and all(len(query.docids) == len(query.texts) == len(query.scores) == 100 for query in lists)
-    assert lists[0].qid == "646091" and all(query.scores == sorted(query.scores, reverse=True) for query in lists)
+    assert len(lists) == 53 and all(
+        len(query.docids) == len(query.texts) == len(query.scores) == 100 for query in lists
+    )
+    assert lists[0].qid == "646091" and all(
+        query.scores == sorted(query.scores, reverse=True) for query in lists
+    )
     by_qid = {query.qid: query for query in lists}
     for old in read_candidates(SHARED / "dl21_train_dev" / "old_shape_sample.json.gz"):
         new = by_qid[old.qid]
-        assert (old.query, old.docids, old.texts, old.scores) == (new.query, new.docids[:20], new.texts[:20], new.scores[:20])
+        assert (old.query, old.docids, old.texts, old.scores) == (
+            new.query,
+            new.docids[:20],
+            new.texts[:20],
+            new.scores[:20],
+        )
 
 
-# -- initial state expansion -------------------------------------------------------------------------------------------
+# -- initial state expansion
 
 
 def test_a_draw_has_no_passage_twice_and_its_own_labels():
@@ -154,16 +269,28 @@ def test_retrieval_order_sorts_the_very_draws_that_shuffled_order_leaves_as_draw
 
 
 def test_every_passage_is_drawn_equally_often():
-    drawn = Counter(docid for draw in expand([make_list()], labels_of([1] * 30), draws=3000, size=10, keep="all") for docid in draw.docids)
-    assert len(drawn) == 30 and all(abs(count - 1000) < 150 for count in drawn.values())  # 150 is almost 6 standard deviations
+    drawn = Counter(
+        docid
+        for draw in expand([make_list()], labels_of([1] * 30), draws=3000, size=10, keep="all")
+        for docid in draw.docids
+    )
+    assert len(drawn) == 30 and all(
+        abs(count - 1000) < 150 for count in drawn.values()
+    )  # 150 is almost 6 standard deviations
 
 
 def test_draws_depend_on_the_seed_and_the_query_alone():
     a, b = make_list("a"), make_list("b")
     qrels = labels_of([1, 0] * 15, "a") | labels_of([0, 1] * 15, "b")
     alone, together, turned = expand([a], qrels), expand([a, b], qrels), expand([b, a], qrels)
-    assert [draw for draw in together if draw.qid == "a"] == alone == [draw for draw in turned if draw.qid == "a"]
-    assert [draw.docids for draw in alone] != [draw.docids for draw in together if draw.qid == "b"][:len(alone)]
+    assert (
+        [draw for draw in together if draw.qid == "a"]
+        == alone
+        == [draw for draw in turned if draw.qid == "a"]
+    )
+    assert [draw.docids for draw in alone] != [draw.docids for draw in together if draw.qid == "b"][
+        : len(alone)
+    ]
     assert expand([a], qrels, seed=1) != alone
     # The same on every machine and in every process: instances made today can be made again tomorrow.
     assert expand([a], qrels, draws=1, size=5, keep="all")[0].docids == ["d7", "d8", "d21", "d22", "d25"]
@@ -176,7 +303,9 @@ def test_filters_look_at_the_initial_order_the_best_order_or_nothing():
     with_relevant = [draw for draw in everything if any(draw.labels)]
     assert 0 < len(with_relevant) < 100
     assert expand([query], qrels, keep="best", min_ndcg=0.1) == with_relevant
-    assert expand([query], qrels, keep="initial") == []  # the relevant passage is always first: nothing to gain
+    assert (
+        expand([query], qrels, keep="initial") == []
+    )  # the relevant passage is always first: nothing to gain
     shuffled = expand([query], qrels, order="shuffled", min_ndcg=0.5)
     assert shuffled and all(0.5 <= ndcg(draw.labels, ideal=draw.ideal) < 1 for draw in shuffled)
 
@@ -195,9 +324,17 @@ def test_a_list_no_longer_than_the_draw_is_drawn_once_and_whole():
 
 def test_unjudged_queries_and_lists_without_anything_relevant_in_the_top_10_give_nothing():
     counts = Counter()
-    lists, qrels = [make_list("a"), make_list("b"), make_list("c")], labels_of([0] * 10 + [1] * 20, "b") | labels_of([0, 1] * 15, "c")
+    lists, qrels = (
+        [make_list("a"), make_list("b"), make_list("c")],
+        labels_of([0] * 10 + [1] * 20, "b") | labels_of([0, 1] * 15, "c"),
+    )
     assert {draw.qid for draw in expand(lists, qrels, keep="all", counts=counts)} == {"c"}
     assert counts == {"judged": 2, "found": 1, "draws": 100, "above": 100, "kept": 100}
+
+
+def test_labels_are_found_for_docids_that_have_spaces():
+    query = Candidates("q", "x", ["a b", "c"], ["t", "u"], [2.0, 1.0])
+    assert expand([query], {"q": {"a_b": 2, "c": 1}}, keep="all")[0].labels == [2, 1]
 
 
 def test_negative_labels_count_as_not_relevant():
@@ -211,7 +348,7 @@ def test_senseless_settings_are_refused(bad):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sets(st.integers(0, 9)), st.sampled_from(["initial", "best", "all"]), st.integers(0, 2 ** 64))
+@given(st.sets(st.integers(0, 9)), st.sampled_from(["initial", "best", "all"]), st.integers(0, 2**64))
 def test_expansion_never_leaks_a_held_out_query(held_out, keep, seed):
     lists = [make_list(str(n), 12) for n in range(10)]
     qrels = {str(n): {f"d{m}": random.Random(n * m).randrange(3) for m in range(12)} for n in range(10)}
@@ -219,7 +356,9 @@ def test_expansion_never_leaks_a_held_out_query(held_out, keep, seed):
     instances = expand(lists, qrels, draws=3, size=6, keep=keep, seed=seed, exclude=exclude)
     assert not {draw.qid for draw in instances} & exclude
     free = expand(lists, qrels, draws=3, size=6, keep=keep, seed=seed)
-    assert instances == [draw for draw in free if draw.qid not in exclude]  # and holding out changes no other query's draws
+    assert instances == [
+        draw for draw in free if draw.qid not in exclude
+    ]  # and holding out changes no other query's draws
 
 
 def test_instances_survive_the_round_trip_and_bad_ones_are_named(tmp_path):
@@ -227,16 +366,18 @@ def test_instances_survive_the_round_trip_and_bad_ones_are_named(tmp_path):
     data.write_instances(tmp_path / "i.jsonl", instances)
     assert data.read_instances(tmp_path / "i.jsonl") == instances and len(instances) == 5
     good = dataclasses.asdict(instances[0])
-    for spoil in ({"labels": good["labels"][1:]}, {"labels": ["1"] * 20}, {"labels": [True] * 20}, {"extra": 1}, {"docids": "abc"},
-                  {"texts": [None] * 20}, {"docids": [], "texts": [], "labels": []}):
+    for spoil in (
+        {"labels": good["labels"][1:]},
+        {"labels": ["1"] * 20},
+        {"labels": [True] * 20},
+        {"extra": 1},
+        {"docids": "abc"},
+        {"texts": [None] * 20},
+        {"docids": [], "texts": [], "labels": []},
+    ):
         (tmp_path / "bad.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | spoil))
         with pytest.raises(InputError, match="bad.jsonl:2: expected"):
             data.read_instances(tmp_path / "bad.jsonl")
-
-
-def test_repeated_texts_and_their_differing_labels_are_counted():
-    query = Candidates("q", "x", list("abcde"), ["one  text", "one text", "two", "one text ", "two"], [5, 4, 3, 2, 1])
-    assert data.repeated_passages([query], {"q": {"a": 1, "b": 1, "d": 2, "c": 1}}) == (3, 2)
 
 
 @needs_shared
@@ -246,34 +387,148 @@ def test_dl21_gives_the_counts_of_the_authors_procedure():
     instances = expand(lists, qrels, counts=(counts := Counter()))
     assert (counts["judged"], counts["found"], counts["draws"]) == (53, 51, 5100)
     assert {query.qid for query in lists} - {draw.qid for draw in instances} == {"23287", "226975"}
-    assert counts["above"] / counts["draws"] == pytest.approx(0.857, abs=0.01) and len(instances) == counts["kept"] <= counts["above"]
-    over_the_drawn = [ndcg(draw.labels) >= 0.1 for draw in expand(lists, qrels, keep="all")]  # the mistake: an ideal of the draw
+    assert (
+        counts["above"] / counts["draws"] == pytest.approx(0.857, abs=0.01)
+        and len(instances) == counts["kept"] <= counts["above"]
+    )
+    over_the_drawn = [
+        ndcg(draw.labels) >= 0.1 for draw in expand(lists, qrels, keep="all")
+    ]  # the mistake: an ideal of the draw
     assert sum(over_the_drawn) / len(over_the_drawn) == pytest.approx(0.946, abs=0.01)
-    assert data.repeated_passages(lists, qrels)[0] == 795
 
 
 def test_the_command_prints_every_stage_and_holds_queries_out(tmp_path, capsys):
     write_candidates(tmp_path / "c", [make_list("a"), make_list("b")])
     (tmp_path / "q").write_text("".join(f"{qid} 0 d{n} {n % 2}\n" for qid in "ab" for n in range(30)))
     (tmp_path / "held").write_text("b 0 d1 1\n\nb 0 d2 1\n")
-    command = ["expand", "--candidates", str(tmp_path / "c"), "--qrels", str(tmp_path / "q"), "--output", str(tmp_path / "out")]
-    data.main([*command, "--draws", "10", "--exclude-queries", str(tmp_path / "held")])
+    command = ["expand", "--candidates", str(tmp_path / "c"), "--qrels", str(tmp_path / "q")]
+    command += ["--output", str(tmp_path / "out"), "--draws", "10"]
+    data.main([*command, "--exclude-queries", str(tmp_path / "held")])
     printed = capsys.readouterr().out
-    assert "1  queries held out" in printed and "10  draws\n" in printed and "0  of 60 passages repeat" in printed
+    assert "      1  queries with candidates and judgements\n" in printed and "     10  draws\n" in printed
     assert {draw.qid for draw in data.read_instances(tmp_path / "out")} == {"a"}
-    with pytest.raises(InputError, match="query a is in more than one"):
-        data.main([*command, "--candidates", str(tmp_path / "c"), str(tmp_path / "c")])
+    data.main(command)
+    both = data.read_instances(tmp_path / "out")
+    assert both == expand([make_list("a"), make_list("b")], data.read_qrels(tmp_path / "q"), draws=10)
 
 
-# -- BRIGHT ------------------------------------------------------------------------------------------------------------
+# -- training data
+
+
+def make_files(folder):
+    """Candidates of queries a and b, judgements of each in a file of its own, instances of query c."""
+    folder.mkdir(exist_ok=True)
+    paths = {name: str(folder / name) for name in ("a.jsonl", "b.jsonl", "a.qrels", "b.qrels", "c.jsonl")}
+    for qid in "ab":
+        write_candidates(paths[f"{qid}.jsonl"], [make_list(qid)])
+        data.write_qrels(paths[f"{qid}.qrels"], labels_of([0, 1, 2] * 10, qid))
+    data.write_instances(paths["c.jsonl"], expand([make_list("c")], labels_of([0, 1] * 15, "c"), draws=7))
+    return paths
+
+
+def put_sets(monkeypatch, folder, **queries):
+    """Table 1 as if downloaded below `folder`: dl21="a" is a list of query a and its judgements."""
+    monkeypatch.setenv("REARANK_DATA", str(folder))
+    for name, qid in queries.items():
+        write_candidates(folder / name / "lists", [make_list(qid)])
+        data.write_qrels(folder / name / "qrels", labels_of([0, 1, 2] * 10, qid))
+        monkeypatch.setitem(
+            data.TABLE_1, name, ("http://127.0.0.1:9/lists", "", "http://127.0.0.1:9/qrels", "", 50.0)
+        )
+
+
+def test_instances_are_taken_as_they_are_and_candidates_are_expanded(tmp_path):
+    files = make_files(tmp_path)
+    instances, what = training_instances(
+        [files["c.jsonl"], files["a.jsonl"], files["b.jsonl"]],
+        [files["a.qrels"], files["b.qrels"]],
+        draws=5,
+        size=6,
+    )
+    expected = data.read_instances(files["c.jsonl"])
+    expected += expand(
+        [make_list("a"), make_list("b")],
+        labels_of([0, 1, 2] * 10, "a") | labels_of([0, 1, 2] * 10, "b"),
+        draws=5,
+        size=6,
+    )
+    assert instances == expected
+    data.write_instances(tmp_path / "again", instances)
+    assert what == {
+        "data": [files["c.jsonl"], files["a.jsonl"], files["b.jsonl"]],
+        "instances": 7 + 10,
+        "queries": 3,
+        "sha256": hashlib.sha256((tmp_path / "again").read_bytes()).hexdigest(),
+    }
+
+
+def test_judgements_of_one_query_may_stand_in_several_files(tmp_path):
+    files = make_files(tmp_path)
+    data.write_qrels(tmp_path / "more", {"a": {"d0": 2}})
+    instances, _ = training_instances([files["a.jsonl"]], [files["a.qrels"], str(tmp_path / "more")])
+    assert instances == expand([make_list("a")], {"a": labels_of([0, 1, 2] * 10, "a")["a"] | {"d0": 2}})
+
+
+def test_what_was_chosen_gives_the_same_again_and_other_settings_another_hash(tmp_path, monkeypatch):
+    put_sets(monkeypatch, tmp_path, dl21="a", dl22="b")
+    instances, what = training_instances(["auto"], draws=5)
+    assert training_instances(what["data"], draws=5) == (instances, what)
+    assert training_instances(what["data"], draws=5, seed=1)[1]["sha256"] != what["sha256"]
+
+
+def test_auto_is_the_authors_windows_once_they_are_there_and_says_what_is_missing_before(
+    tmp_path, monkeypatch, capsys
+):
+    put_sets(monkeypatch, tmp_path, dl21="a", dl22="b")
+    _, what = training_instances(["auto"])
+    assert what["data"] == ["dl21", "dl22"] and what["queries"] == 2
+    said = capsys.readouterr().err
+    assert (
+        "2 of the paper's 179" in said
+        and "python data.py download rearank_12k" in said
+        and said.count("\n") == 1
+    )
+    windows = expand([make_list("c")], labels_of([0, 1] * 15, "c"))
+    data.write_instances(tmp_path / "rearank_12k" / "instances.jsonl", windows)
+    instances, what = training_instances(["auto"])
+    assert instances == windows and what["data"] == ["rearank_12k"] and capsys.readouterr().err == ""
+    assert training_instances(["rearank_12k"]) == (instances, what)
+
+
+def test_training_data_that_cannot_be_meant_is_refused(tmp_path, monkeypatch):
+    files = make_files(tmp_path / "files")
+    put_sets(monkeypatch, tmp_path, dl21="a")
+    for entries, qrels, expected in (
+        (["auto", "dl21"], [], "auto: expected no other data"),
+        (["dl99"], [], "dl99: expected a file or one of auto, rearank_12k, dl19"),
+        ([files["a.jsonl"]], [], "a.jsonl: expected instances, or --qrels"),
+        ([files["a.jsonl"]], [files["b.qrels"]], "no instances"),
+        (["dl21", files["a.jsonl"]], [files["a.qrels"]], "query a is in both dl21 and .*a.jsonl"),
+        (["dl21", "dl21"], [], "query a is in both dl21 and dl21"),
+        ([], [], "no instances"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            training_instances(entries, qrels)
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(InputError, match="empty: expected instances, or --qrels"):
+        training_instances([str(tmp_path / "empty")])
+
+
+# -- BRIGHT
 
 
 def make_bright(folder, split="leetcode", run="0 Q0 a_b 1 3.0 t\n0 Q0 c 2 2.0 t\n0 Q0 d/e 3 1.0 t\n"):
-    """The layout of the authors' archive with one split of three documents, one of which has a space in its id."""
+    """The layout of the authors' archive: a split of three documents, one of which has a space in its id."""
     root = folder / "data" / "bright"
-    corpus = "".join(json.dumps({"id": docid, "contents": f"text of {docid}"}) + "\n" for docid in ("a b", "c", "d/e"))
-    files = {f"data/pyserini_queries/{split}.tsv": "0\thow\tto sort\n", f"data/pyserini_corpus/{split}/{split}.jsonl": corpus,
-             f"data/pyserini_qrels/{split}.tsv": "0\t0\ta b\t1\n0\t0\tc\t1\n", f"runs_bm25/bm25.{split}.filtered.trec": run}
+    corpus = "".join(
+        json.dumps({"id": docid, "contents": f"text of {docid}"}) + "\n" for docid in ("a b", "c", "d/e")
+    )
+    files = {
+        f"data/pyserini_queries/{split}.tsv": "0\thow\tto sort\n",
+        f"data/pyserini_corpus/{split}/{split}.jsonl": corpus,
+        f"data/pyserini_qrels/{split}.tsv": "0\t0\ta b\t1\n0\t0\tc\t1\n",
+        f"runs_bm25/bm25.{split}.filtered.trec": run,
+    }
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(content)
@@ -294,37 +549,32 @@ def test_docids_with_spaces_survive_from_corpus_to_evaluation(tmp_path):
     lists = data.read_bright("leetcode", folder)
     assert lists[0].docids[0] == "a_b" and lists[0].texts[0] == "text of a b"
     data.write_run(tmp_path / "runs" / "leetcode.trec", {query.qid: query.docids for query in lists}, "test")
-    assert data.bright_scores(tmp_path / "runs" / "leetcode.trec", data.bright_file(folder, "leetcode", "qrels")) == {"0": 1.0}
+    qrels, run = (
+        read_qrels(data.bright_file(folder, "leetcode", "qrels")),
+        data.read_run(tmp_path / "runs" / "leetcode.trec"),
+    )
+    assert evaluate(qrels, run, ["ndcg_cut.10"]) == {"0": {"ndcg_cut_10": 1.0}}
 
 
-def test_judgements_are_never_excluded(tmp_path):
-    folder = make_bright(tmp_path)
-    run, qrels = data.bright_file(folder, "leetcode", "run"), data.bright_file(folder, "leetcode", "qrels")
-    assert data.bright_scores(run, qrels, {"0": {"a_b"}})["0"] == pytest.approx(ndcg([1], ideal=[1, 1]))
-
-
-def test_equal_scores_are_ordered_by_docid_descending():
-    assert data.ranked({"b": 1.0, "é": 1.0, "a": 2.0, "c": 1.0}) == ["a", "é", "c", "b"]
-
-
-def test_bright_scores_are_those_of_eval(tmp_path):
-    evaluate = pytest.importorskip("eval").evaluate
-    rng = random.Random(0)
-    docids = [f"d{n}" for n in range(40)]
-    run = {str(q): {docid: float(rng.randrange(8)) for docid in rng.sample(docids, 30)} for q in range(20)}
-    qrels = {str(q): {docid: rng.randrange(-1, 3) for docid in rng.sample(docids, 15)} for q in range(20)}
-    (tmp_path / "run").write_text("".join(f"{q} Q0 {docid} 1 {score} t\n" for q in run for docid, score in run[q].items()))
-    (tmp_path / "qrels").write_text("".join(f"{q} 0 {docid} {label}\n" for q in qrels for docid, label in qrels[q].items()))
-    expected = {qid: values["ndcg_cut_10"] for qid, values in evaluate(qrels, run, ["ndcg_cut.10"]).items()}
-    assert data.bright_scores(tmp_path / "run", tmp_path / "qrels") == pytest.approx(expected, abs=1e-12)
+def test_equal_scores_are_ordered_by_docid_descending_as_trec_eval_does(tmp_path):
+    run = "".join(f"0 Q0 {docid} 1 {score} t\n" for docid, score in (("a_b", 1.0), ("d/e", 1.0), ("c", 1.0)))
+    assert data.read_bright("leetcode", make_bright(tmp_path, run=run))[0].docids == ["d/e", "c", "a_b"]
 
 
 def test_both_forms_of_the_exclusions_are_read(tmp_path):
     (tmp_path / "pairs").write_text("0 a b\n\n0\tc\n1 d\n")
-    rows = [{"id": "0", "excluded_ids": ["a b", "c"]}, {"id": 1, "excluded_ids": ["d"]}, {"id": "2", "excluded_ids": ["N/A"]},
-            {"id": "3", "excluded_ids": []}]
+    rows = [
+        {"id": "0", "excluded_ids": ["a b", "c"]},
+        {"id": 1, "excluded_ids": ["d"]},
+        {"id": "2", "excluded_ids": ["N/A"]},
+        {"id": "3", "excluded_ids": []},
+    ]
     (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
-    assert data.read_excluded(tmp_path / "pairs") == data.read_excluded(tmp_path / "rows") == {"0": {"a_b", "c"}, "1": {"d"}}
+    assert (
+        data.read_excluded(tmp_path / "pairs")
+        == data.read_excluded(tmp_path / "rows")
+        == {"0": {"a_b", "c"}, "1": {"d"}}
+    )
     for bad in ("0 a\n1\n", '{"id": "0", "excluded_ids": ["a"]}\n{"id": "1", "excluded_ids": "N/A"}'):
         (tmp_path / "bad").write_text(bad)
         with pytest.raises(InputError, match="bad:2: expected"):
@@ -333,8 +583,12 @@ def test_both_forms_of_the_exclusions_are_read(tmp_path):
 
 def test_what_is_missing_or_ambiguous_is_said(tmp_path):
     folder = make_bright(tmp_path, run="0 Q0 z 1 3.0 t\n")
-    for arguments, expected in ((("chess", folder), "no BRIGHT split 'chess'"), (("leetcode", folder), "z is not in"),
-                                (("pony", folder), "no queries and no corpus and no run"), (("pony", tmp_path / "x"), "expected a folder")):
+    for arguments, expected in (
+        (("chess", folder), "no BRIGHT split 'chess'"),
+        (("leetcode", folder), "z is not in"),
+        (("pony", folder), "no queries and no corpus and no run"),
+        (("pony", tmp_path / "x"), "expected a folder"),
+    ):
         with pytest.raises(InputError, match=expected):
             data.read_bright(*arguments)
     for name in ("first", "second"):
@@ -343,30 +597,18 @@ def test_what_is_missing_or_ambiguous_is_said(tmp_path):
         data.bright_file(tmp_path, "pony", "run")
 
 
-def test_the_headline_is_the_unweighted_mean_of_the_splits(tmp_path, capsys):
-    for n, split in enumerate(BRIGHT_SPLITS):
-        (tmp_path / f"run.{split.replace('_', '-')}.txt").write_text("0 Q0 x 1 2 t\n0 Q0 y 2 1 t\n")
-        (tmp_path / "qrels").mkdir(exist_ok=True)
-        gold = [f"{qid} 0 {'x' if n < 3 else 'z'} 1\n" for qid in range(n + 1)]  # a query that the run lacks counts 0
-        (tmp_path / "qrels" / f"qrels.bright-{split.replace('_', '-')}.txt").write_text("".join(gold))
-    (tmp_path / "qrels" / "qrels.bright-pony.fixed.txt").write_text("0 0 y 1\n")
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    for path in tmp_path.glob("run.*"):
-        path.rename(runs / path.name)
-    data.main(["bright-eval", "--runs", str(runs), "--qrels", str(tmp_path / "qrels")])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 13 and [float(line.split()[1]) for line in lines[:4]] == [100, 50, 33.33, 0]
-    assert float(lines[-1].split()[1]) == round((100 + 50 + 100 / 3) / 12, 2) and "12 splits" in lines[-1]
-    for path in runs.iterdir():
-        if "pony" not in path.name:
-            path.unlink()
-    data.main(["bright-eval", "--runs", str(runs), "--qrels", str(tmp_path / "qrels"), "--fixed"])
-    assert capsys.readouterr().out.splitlines()[-1].split()[1:5] == ["63.09", "1", "of", "12"]
-
-
 def test_the_split_files_are_written_for_the_reranker(tmp_path, capsys):
-    data.main(["bright", "--folder", str(make_bright(tmp_path)), "--output", str(tmp_path / "out"), "--splits", "leetcode"])
+    data.main(
+        [
+            "bright",
+            "--folder",
+            str(make_bright(tmp_path)),
+            "--output",
+            str(tmp_path / "out"),
+            "--splits",
+            "leetcode",
+        ]
+    )
     assert read_candidates(tmp_path / "out" / "leetcode.jsonl") == data.read_bright("leetcode", tmp_path)
 
 
@@ -374,10 +616,18 @@ def test_the_split_files_are_written_for_the_reranker(tmp_path, capsys):
 def test_the_real_exclusions_and_judgements_are_exact():
     folder = SHARED / "bright"
     excluded = data.read_excluded(folder / "exclude.bright-leetcode.txt.gz")
-    assert len(excluded) == 142 and sum(map(len, excluded.values())) == 33_485 and max(map(len, excluded.values())) == 1119
+    assert (
+        len(excluded) == 142
+        and sum(map(len, excluded.values())) == 33_485
+        and max(map(len, excluded.values())) == 1119
+    )
     assert excluded == data.read_excluded(folder / "topics.bright-leetcode-original.jsonl.gz")
-    for split, queries, plain, fixed in (("biology", 103, 372, 393), ("leetcode", 142, None, None), ("theoremqa-theorems", 76, None, None)):
-        assert len(data.read_texts(data.bright_file(folder, split, "queries"))[0]) == queries
+    for split, queries, plain, fixed in (
+        ("biology", 103, 372, 393),
+        ("leetcode", 142, None, None),
+        ("theoremqa-theorems", 76, None, None),
+    ):
+        assert len(dict(data.read_pairs(data.bright_file(folder, split, "queries")))) == queries
         judged = read_qrels(data.bright_file(folder, split, "qrels"))
         assert len(judged) == queries and plain in (None, sum(map(len, judged.values())))
         corrected = read_qrels(data.bright_file(folder, split, "fixed qrels"))
@@ -402,4 +652,7 @@ def test_a_number_out_of_bounds_is_one_line_and_status_2(capsys):
     assert data.command_line(Settings, ["--max-rows", "1"]).max_rows == 1
     with pytest.raises(SystemExit) as left:
         data.command_line(Settings, ["--max-rows", "0"], prog="x")
-    assert left.value.code == 2 and capsys.readouterr().err == "x: error: argument --max-rows: expected at least 1, found 0\n"
+    assert (
+        left.value.code == 2
+        and capsys.readouterr().err == "x: error: argument --max-rows: expected at least 1, found 0\n"
+    )

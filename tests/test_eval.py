@@ -1,4 +1,4 @@
-"""eval.py: trec_eval's numbers to the last digit, its output to the last byte, and statistics that can be checked by hand."""
+"""eval.py: trec_eval's numbers to the last digit, its output to the last byte, statistics checked by hand."""
 
 import gzip
 import itertools
@@ -16,27 +16,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval as trec
-from data import InputError
+from data import BRIGHT_SPLITS, InputError
 from eval import bootstrap_interval, evaluate, parse_measures, randomisation_test
+from reward import ndcg
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"
-PLAIN = ["num_ret", "num_rel", "num_rel_ret", "map", "bpref", "recip_rank", "P", "recall", "ndcg", "ndcg_cut", "map_cut", "success"]
+PLAIN = [
+    "num_ret",
+    "num_rel",
+    "num_rel_ret",
+    "map",
+    "bpref",
+    "recip_rank",
+    "P",
+    "recall",
+    "ndcg",
+    "ndcg_cut",
+    "map_cut",
+    "success",
+]
 CUT = ["P.1,3,7", "recall.1,2,50", "ndcg_cut.1,3,4", "map_cut.2,3", "success.3"]
 
 
 def generated_case(rng: random.Random) -> tuple[dict, dict]:
-    """Judgements and a run with ties, missing queries, negative and unjudged documents, and scores that float32 holds exactly."""
+    """Judgements and a run: ties, missing queries, negative and unjudged documents, float32 scores."""
     starts = ["d", "é", "msmarco_passage_0", "Z", "中", "x.", "longer-than-two-words-"]
     pool = [rng.choice(starts) + str(rng.randrange(30)) for _ in range(40)]
     qrels, run = {}, {}
     for qid in rng.sample(["1", "2", "10", "qé", "a", "b9", "9"], rng.randrange(2, 7)):
         if rng.random() < 0.9:
-            qrels[qid] = {docid: rng.choice([-2, -1, 0, 0, 1, 1, 2, 3, 5]) for docid in rng.sample(pool, rng.randrange(1, 40))}
-            qrels[qid][rng.choice(pool)] = 0                                   # trec_eval reads stray memory where all labels are negative
+            qrels[qid] = {
+                docid: rng.choice([-2, -1, 0, 0, 1, 1, 2, 3, 5])
+                for docid in rng.sample(pool, rng.randrange(1, 40))
+            }
+            qrels[qid][rng.choice(pool)] = 0  # trec_eval reads stray memory where all labels are negative
         if rng.random() < 0.9:
-            score = lambda: float(np.float32(rng.choice([rng.uniform(-3, 3), rng.randrange(4), -0.0])))  # noqa: E731
-            run[qid] = {docid: score() for docid in rng.sample(pool, rng.randrange(1, 40))}
+            docids = rng.sample(pool, rng.randrange(1, 40))
+            scores = [rng.choice([rng.uniform(-3, 3), rng.randrange(4), -0.0]) for _ in docids]
+            run[qid] = dict(zip(docids, map(float, np.float32(scores))))
     return qrels, run
 
 
@@ -62,13 +80,19 @@ def test_every_measure_equals_pytrec_eval_on_two_thousand_cases(measures):
 
 
 def write_messy(path: Path, qrels: dict, run: dict, rng: random.Random) -> tuple[str, str]:
-    """The same as files: queries interleaved, tabs and blanks mixed, comments, CRLF, blank lines, wrong ranks, gzip for one of them."""
+    """The same as files: queries interleaved, tabs, blanks, comments, CRLF, blank lines, wrong ranks."""
     judged = [f"{qid} 0 {docid} {label}" for qid, labels in qrels.items() for docid, label in labels.items()]
-    found = [f"{qid} Q0 {docid} {rng.randrange(99)} {score!r} tag" for qid, scores in run.items() for docid, score in scores.items()]
+    found = [
+        f"{qid} Q0 {docid} {rng.randrange(99)} {score!r} tag"
+        for qid, scores in run.items()
+        for docid, score in scores.items()
+    ]
     for lines in (judged, found):
         rng.shuffle(lines)
         blanks, ends = [" ", "\t", "   ", " \t"], ["", "\r", " "]
-        lines[:] = [line.replace(" ", rng.choice(blanks), rng.randrange(5)) + rng.choice(ends) for line in lines]
+        lines[:] = [
+            line.replace(" ", rng.choice(blanks), rng.randrange(5)) + rng.choice(ends) for line in lines
+        ]
     found.insert(len(found) // 2, "\n# half of it\n \t")
     (path / "qrels.gz").write_bytes(gzip.compress("\n".join(["# comment", *judged]).encode()))
     (path / "run").write_bytes("\n".join(found).encode())
@@ -76,7 +100,9 @@ def write_messy(path: Path, qrels: dict, run: dict, rng: random.Random) -> tuple
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "eval.py"), *map(str, arguments)], capture_output=True, check=False)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), *map(str, arguments)], capture_output=True, check=False
+    )
 
 
 def printed(capsysbinary, *arguments) -> bytes:
@@ -89,9 +115,20 @@ def expected_output(qrels, run, measures, level=1, queries=False, complete=False
     """What trec_eval prints, from pytrec_eval's values and trec_eval's documented rules."""
     theirs = of_pytrec_eval(qrels, run, measures, level)
     qids = sorted(theirs, key=str.encode)
-    by_cutoff = sorted(theirs[qids[0]], key=lambda key: int(key.rsplit("_", 1)[-1]) if key[-1].isdigit() else 0)
-    keys = [key for measure in PLAIN for key in by_cutoff if key == measure or re.fullmatch(measure + "_[0-9]+", key)]
-    lines, number = [], lambda key, value: f"{value:.0f}" if key.startswith("num") else f"{value:6.4f}"
+    by_cutoff = sorted(
+        theirs[qids[0]], key=lambda key: int(key.rsplit("_", 1)[-1]) if key[-1].isdigit() else 0
+    )
+    keys = [
+        key
+        for measure in PLAIN
+        for key in by_cutoff
+        if key == measure or re.fullmatch(measure + "_[0-9]+", key)
+    ]
+    lines = []
+
+    def number(key, value):
+        return f"{value:.0f}" if key.startswith("num") else f"{value:6.4f}"
+
     if queries:
         lines += [f"{key:22s}\t{qid}\t{number(key, theirs[qid][key])}" for qid in qids for key in keys]
     num_q = len(qrels) if complete else len(qids)
@@ -114,7 +151,13 @@ def test_the_output_of_messy_files_is_trec_evals_to_the_last_byte(tmp_path, caps
             continue
         seen += 1
         measures, queries, complete = rng.choice([PLAIN, CUT]), rng.random() < 0.5, rng.random() < 0.5
-        options = [*itertools.chain(*(("-m", measure) for measure in rng.sample(measures, len(measures)))), "-m", "num_q", "-l", level]
+        options = [
+            *itertools.chain(*(("-m", measure) for measure in rng.sample(measures, len(measures)))),
+            "-m",
+            "num_q",
+            "-l",
+            level,
+        ]
         options += ["-q"] * queries + ["-c"] * complete
         output = printed(capsysbinary, *write_messy(tmp_path, qrels, run, rng), *options)
         assert output == expected_output(qrels, run, measures, level, queries, complete)
@@ -128,31 +171,61 @@ def files(path: Path, qrels: str, run: str) -> tuple[Path, Path]:
 
 def test_equal_scores_are_ordered_by_docid_descending_in_bytes(tmp_path, capsysbinary):
     # In UTF-8 bytes z < é < 中; the rank column, which says the opposite, is ignored, and 10 is before 9.
-    judged = files(tmp_path, "1 0 中 1\n2 0 9 1\n3 0 é 1\n", "1 Q0 z 1 2 t\n1 Q0 é 2 2 t\n1 Q0 中 3 2 t\n2 Q0 10 1 5 t\n2 Q0 9 2 5 t\n"
-                   "3 Q0 z 1 1 t\n3 Q0 é 2 1 t\n3 Q0 é0 3 1 t\n")
-    assert printed(capsysbinary, *judged, "-m", "recip_rank", "-q").split()[2::3] == [b"1.0000", b"1.0000", b"0.5000", b"0.8333"]
+    judged = files(
+        tmp_path,
+        "1 0 中 1\n2 0 9 1\n3 0 é 1\n",
+        "1 Q0 z 1 2 t\n1 Q0 é 2 2 t\n1 Q0 中 3 2 t\n2 Q0 10 1 5 t\n2 Q0 9 2 5 t\n"
+        "3 Q0 z 1 1 t\n3 Q0 é 2 1 t\n3 Q0 é0 3 1 t\n",
+    )
+    assert printed(capsysbinary, *judged, "-m", "recip_rank", "-q").split()[2::3] == [
+        b"1.0000",
+        b"1.0000",
+        b"0.5000",
+        b"0.8333",
+    ]
 
 
 def test_queries_may_be_interleaved_and_in_any_order(tmp_path, capsysbinary):
-    judged = files(tmp_path, "1 0 a 1\n2 0 a 1\n10 0 a 1\n",
-                   "2 Q0 b 1 9 t\n1 Q0 b 1 8 t\n2 Q0 c 2 7 t\n10 Q0 a 1 7 t\n1 Q0 a 2 6 t\n2 Q0 a 3 5 t\n")
+    judged = files(
+        tmp_path,
+        "1 0 a 1\n2 0 a 1\n10 0 a 1\n",
+        "2 Q0 b 1 9 t\n1 Q0 b 1 8 t\n2 Q0 c 2 7 t\n10 Q0 a 1 7 t\n1 Q0 a 2 6 t\n2 Q0 a 3 5 t\n",
+    )
     output = printed(capsysbinary, *judged, "-m", "recip_rank", "-q").split()
-    assert output[1::3] == [b"1", b"10", b"2", b"all"] and output[2::3] == [b"0.5000", b"1.0000", b"0.3333", b"0.6111"]
+    assert output[1::3] == [b"1", b"10", b"2", b"all"] and output[2::3] == [
+        b"0.5000",
+        b"1.0000",
+        b"0.3333",
+        b"0.6111",
+    ]
 
 
 def test_scores_are_compared_as_float64(tmp_path, capsysbinary):
-    judged = files(tmp_path, "1 0 a 1\n", "1 Q0 b 1 12.000000000000001 t\n1 Q0 a 2 12.000000000000003 t\n1 Q0 c 3 12 t\n")
+    judged = files(
+        tmp_path, "1 0 a 1\n", "1 Q0 b 1 12.000000000000001 t\n1 Q0 a 2 12.000000000000003 t\n1 Q0 c 3 12 t\n"
+    )
     assert printed(capsysbinary, *judged, "-m", "P.1").endswith(b"1.0000\n")
     assert np.float32(12.000000000000003) == np.float32(12)
 
 
 def test_one_query_from_end_to_end(tmp_path, capsysbinary):
     """NDCG@3 by hand: labels 1, 0, 3 in ranked order; the best ranking of the judged has 3, 2, 1."""
-    judged = files(tmp_path, "q 0 a 3\nq 0 b 2\nq 0 c 1\nq 0 d 0\n", "q Q0 c 1 3 t\nq Q0 d 2 2 t\nq Q0 a 3 1 t\nother Q0 a 1 1 t\n")
+    judged = files(
+        tmp_path,
+        "q 0 a 3\nq 0 b 2\nq 0 c 1\nq 0 d 0\n",
+        "q Q0 c 1 3 t\nq Q0 d 2 2 t\nq Q0 a 3 1 t\nother Q0 a 1 1 t\n",
+    )
     dcg, ideal = 1 / np.log2(2) + 3 / np.log2(4), 3 / np.log2(2) + 2 / np.log2(3) + 1 / np.log2(4)
-    assert printed(capsysbinary, *judged, "-m", "ndcg_cut.3") == f"{'ndcg_cut_3':22s}\tall\t{dcg / ideal:6.4f}\n".encode()
-    # map: relevant at ranks 1 and 3 of 3 relevant. bpref: N = 1 nonrelevant stands above the second, none above the first.
-    assert printed(capsysbinary, *judged, "-m", "map", "-m", "bpref", "-m", "num_rel").split()[2::3] == [b"3", b"0.5556", b"0.3333"]
+    assert (
+        printed(capsysbinary, *judged, "-m", "ndcg_cut.3")
+        == f"{'ndcg_cut_3':22s}\tall\t{dcg / ideal:6.4f}\n".encode()
+    )
+    # map: relevant at ranks 1 and 3 of 3 relevant. bpref: N = 1 nonrelevant stands above the second only.
+    assert printed(capsysbinary, *judged, "-m", "map", "-m", "bpref", "-m", "num_rel").split()[2::3] == [
+        b"3",
+        b"0.5556",
+        b"0.3333",
+    ]
     strict = printed(capsysbinary, *judged, "-m", "num_rel_ret", "-l", 2, "-m", "ndcg_cut.3").split()
     assert strict[2::3] == [b"1", f"{dcg / ideal:.4f}".encode()], "the level is not for ndcg"
 
@@ -163,34 +236,65 @@ def test_missing_queries_are_skipped_or_count_as_zero(tmp_path, capsysbinary):
     assert printed(capsysbinary, *judged, *numbers).split()[2::3] == [b"1", b"1", b"2", b"1.0000"]
     assert printed(capsysbinary, *judged, *numbers, "-c").split()[2::3] == [b"3", b"1", b"3", b"0.3333"]
     # trec_eval's num_rel of all queries does not ask for the level
-    assert printed(capsysbinary, *judged, *numbers, "-c", "-l2").split()[2::3] == [b"3", b"1", b"3", b"0.0000"]
+    assert printed(capsysbinary, *judged, *numbers, "-c", "-l2").split()[2::3] == [
+        b"3",
+        b"1",
+        b"3",
+        b"0.0000",
+    ]
 
 
 def test_default_measures_in_trec_evals_order(tmp_path, capsysbinary):
     judged = files(tmp_path, "1 0 a 1\n", "1 Q0 a 1 1 t\n")
-    assert printed(capsysbinary, *judged).split()[::3] == [b"map", b"recip_rank", b"P_10", b"recall_100", b"ndcg_cut_10"]
+    assert printed(capsysbinary, *judged).split()[::3] == [
+        b"map",
+        b"recip_rank",
+        b"P_10",
+        b"recall_100",
+        b"ndcg_cut_10",
+    ]
 
 
 def test_measures_are_named_as_trec_eval_takes_them(capsys):
     assert parse_measures(["success", "P.10,5", "map"]) == {"map": [], "P": [5, 10], "success": [1, 5, 10]}
     assert parse_measures(["P.7,5", "P.100", "P"])["P"] == [5, 7, 10, 15, 20, 30, 100, 200, 500, 1000]
     # trec_eval itself keeps only the first list, sometimes to its user's surprise
-    assert parse_measures(["P.7,5", "P.100", "P"], merge=False) == {"P": [5, 7]} and "only the first" in capsys.readouterr().err
-    for name in ("MAP", "ndcg_cut_10", "P.", "P.0", "P.-1", "P.5,5", "P.5,,6", "P.x", "map.5", "P.²", "", "P.5 ", "P.1_0"):
+    assert (
+        parse_measures(["P.7,5", "P.100", "P"], merge=False) == {"P": [5, 7]}
+        and "only the first" in capsys.readouterr().err
+    )
+    for name in (
+        "MAP",
+        "ndcg_cut_10",
+        "P.",
+        "P.0",
+        "P.-1",
+        "P.5,5",
+        "P.5,,6",
+        "P.x",
+        "map.5",
+        "P.²",
+        "",
+        "P.5 ",
+        "P.1_0",
+    ):
         with pytest.raises(InputError):
             parse_measures([name])
 
 
-@pytest.mark.parametrize("qrels, run, options, said", [
-    ("1 0 a 1\n", "1 Q0 a 1 1 t\n1 Q0 a 2 0 t\n", [], b"run:2: "),                 # a document twice
-    ("1 0 a 1\n", "1 Q0 a 1 1\n", [], b"run:1: "),
-    ("1 0 a\n", "1 Q0 a 1 1 t\n", [], b"qrels:1: "),
-    ("1 0 a 1\n1 0 a 1\n", "1 Q0 a 1 1 t\n", [], b"qrels:2: "),
-    ("1 0 a 1\n", "2 Q0 a 1 1 t\n", [], b"no query in common"),
-    ("1 0 a 1\n", "1 Q0 a 1 1 t\n", ["-m", "nDCG"], b"unknown measure"),
-    ("1 0 a 1\n", "1 Q0 a 1 1 t\n", ["-l", "-1"], b"expected 0 or more"),
-    ("1 0 a 1\n", None, [], b"No such file"),
-])
+@pytest.mark.parametrize(
+    "qrels, run, options, said",
+    [
+        ("1 0 a 1\n", "1 Q0 a 1 1 t\n1 Q0 a 2 0 t\n", [], b"run:2: "),  # a document twice
+        ("1 0 a 1\n", "1 Q0 a 1 1\n", [], b"run:1: "),
+        ("1 0 a\n", "1 Q0 a 1 1 t\n", [], b"qrels:1: "),
+        ("1 0 a 1\n1 0 a 1\n", "1 Q0 a 1 1 t\n", [], b"qrels:2: "),
+        ("1 0 a 1\n", "2 Q0 a 1 1 t\n", [], b"no query in common"),
+        ("1 0 a 1\n", "1 Q0 a 1 1 t\n", ["-m", "nDCG"], b"unknown measure"),
+        ("1 0 a 1\n", "1 Q0 a 1 1 t\n", ["-l", "-1"], b"expected at least 0"),
+        ("1 0 a 1\n", None, [], b"No such file"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2_and_nothing_on_stdout(tmp_path, qrels, run, options, said):
     judged, found = files(tmp_path, qrels, run or "")
     result = command(judged, found if run else tmp_path / "absent", *options)
@@ -201,12 +305,18 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_on_stdout(tmp_path, qrel
 def test_ids_that_are_not_utf8_pass_through(tmp_path):
     (tmp_path / "qrels").write_bytes(b"caf\xe9 0 a 1\n")
     (tmp_path / "run").write_bytes(b"caf\xe9 Q0 a 1 1 t\n")
-    assert command(tmp_path / "qrels", tmp_path / "run", "-q", "-m", "map").stdout.startswith(b"map                   \tcaf\xe9\t1.0000\n")
+    assert command(tmp_path / "qrels", tmp_path / "run", "-q", "-m", "map").stdout.startswith(
+        b"map                   \tcaf\xe9\t1.0000\n"
+    )
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, eval; print([name for name in ('torch', 'transformers', 'scipy', 'pandas', 'tqdm') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=True).stdout.strip() == b"[]"
+    heavy = ("torch", "transformers", "huggingface_hub", "scipy", "pandas", "tqdm", "urllib.request")
+    code = f"import sys, eval; print([name for name in {heavy} if name in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=True).stdout.strip()
+        == b"[]"
+    )
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data")
@@ -227,21 +337,6 @@ def test_evaluate_refuses_what_it_would_have_to_guess():
     assert evaluate({"1": {"a": 1}}, {"1": {}}, ["map", "num_ret"]) == {"1": {"num_ret": 0.0, "map": 0.0}}
 
 
-def test_labels_are_looked_up_by_the_pair_and_not_by_its_hash(monkeypatch):
-    """Under a hash that hardly tells anything apart (and at first not even the judgements), the numbers are the same."""
-    rng, honest = random.Random(3), trec.pair_keys
-    cases = [generated_case(rng) for _ in range(40)]
-    expected = [evaluate(*case, PLAIN) for case in cases]
-    calls = []
-
-    def weak(query, docids, salt=0):
-        calls.append(salt)
-        return honest(query, docids, salt) % np.uint64(3 if salt < 2 else 2**31)
-
-    monkeypatch.setattr(trec, "pair_keys", weak)
-    assert [evaluate(*case, PLAIN) for case in cases] == expected and max(calls) > 1
-
-
 @settings(max_examples=60, deadline=None)
 @given(labels=st.lists(st.integers(-1, 3), min_size=1, max_size=30), k=st.integers(1, 12))
 def test_the_ideal_order_has_ndcg_1_and_no_order_has_more(labels, k):
@@ -257,19 +352,32 @@ def test_the_ideal_order_has_ndcg_1_and_no_order_has_more(labels, k):
 # --- statistics
 
 
-@pytest.mark.parametrize("deltas, p", [
-    ([0.1] * 5, 2 / 32),                                                       # only all + and all - are as far out
-    ([1, 2, 3], 2 / 8),
-    ([3, 1, -1], 6 / 8),                                                       # 3 + 1 + 1, 3 + 1 - 1 (twice), and their opposites
-    ([0.1, 0.2, -0.3], 1.0),                                                   # the sum is 5.6e-17, not 0: rounding must not decide
-    ([0.5, 0, 0, 0], 1.0), ([0.0, 0.0], 1.0), ([], 1.0),
-    ([0.41, 0.91, 0.04, 0.82, 0.42, 0.83, 0.01, 0.37, 0.08], 2 / 512),         # all +, but another order of adding gives another last bit
-])
+@pytest.mark.parametrize(
+    "deltas, p",
+    [
+        ([0.1] * 5, 2 / 32),  # only all + and all - are as far out
+        ([1, 2, 3], 2 / 8),
+        ([3, 1, -1], 6 / 8),  # 3 + 1 + 1, 3 + 1 - 1 (twice), and their opposites
+        ([0.1, 0.2, -0.3], 1.0),  # the sum is 5.6e-17, not 0: rounding must not decide
+        ([0.5, 0, 0, 0], 1.0),
+        ([0.0, 0.0], 1.0),
+        ([], 1.0),
+        (
+            [0.41, 0.91, 0.04, 0.82, 0.42, 0.83, 0.01, 0.37, 0.08],
+            2 / 512,
+        ),  # all +, but another order of adding gives another last bit
+    ],
+)
 def test_p_values_of_known_cases(deltas, p):
-    by_hand = [abs(sum(s * d for s, d in zip(signs, deltas))) for signs in itertools.product((1, -1), repeat=len(deltas))]
+    by_hand = [
+        abs(sum(s * d for s, d in zip(signs, deltas)))
+        for signs in itertools.product((1, -1), repeat=len(deltas))
+    ]
     assert p == pytest.approx(np.mean([total >= abs(sum(deltas)) - 1e-12 for total in by_hand]))
     assert randomisation_test(deltas) == pytest.approx(p)
-    assert randomisation_test([*deltas, *[0.0] * 40]) == pytest.approx(p), "queries without a difference say nothing either way"
+    assert randomisation_test([*deltas, *[0.0] * 40]) == pytest.approx(p), (
+        "queries without a difference say nothing either way"
+    )
 
 
 def test_random_sign_flips_agree_with_all_of_them():
@@ -278,7 +386,9 @@ def test_random_sign_flips_agree_with_all_of_them():
         deltas = rng.normal(shift, 1, 14)
         exact, sampled = randomisation_test(deltas), randomisation_test(deltas, exact=0, samples=20_000)
         assert abs(exact - sampled) < 0.015 and sampled == randomisation_test(deltas, exact=0, samples=20_000)
-    assert randomisation_test([0.1] * 40, samples=999) == 1 / 1000, "the order seen is one of the patterns: p is never 0"
+    assert randomisation_test([0.1] * 40, samples=999) == 1 / 1000, (
+        "the order seen is one of the patterns: p is never 0"
+    )
 
 
 def test_the_randomisation_test_keeps_its_level():
@@ -293,7 +403,9 @@ def test_the_bootstrap_interval_is_the_normal_one_for_many_values():
     assert mean == pytest.approx(values.mean())
     assert (mean, low, high) == bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
     half = 1.96 * values.std() / 20
-    assert low == pytest.approx(mean - half, abs=0.1 * half) and high == pytest.approx(mean + half, abs=0.1 * half)
+    assert low == pytest.approx(mean - half, abs=0.1 * half) and high == pytest.approx(
+        mean + half, abs=0.1 * half
+    )
     assert bootstrap_interval([0.25] * 7) == (0.25, 0.25, 0.25)
     narrow = bootstrap_interval(values, level=0.5)
     assert narrow[2] - narrow[1] < 0.5 * (high - low)
@@ -302,13 +414,21 @@ def test_the_bootstrap_interval_is_the_normal_one_for_many_values():
 
 
 def three_runs(path: Path) -> list[Path]:
-    """Judgements; a run with the relevant document at rank 2 everywhere; one with it at rank 1; one that lacks the last query."""
+    """Judgements; runs: the relevant document at rank 2; at rank 1; at rank 1, without the last query."""
+
     def lines(rank_of_relevant, queries):
         order = ["x", "r"] if rank_of_relevant == 2 else ["r", "x"]
-        return "".join(f"q{n} Q0 {docid} 1 {2 - m} t\n" for n in range(queries) for m, docid in enumerate(order))
+        return "".join(
+            f"q{n} Q0 {docid} 1 {2 - m} t\n" for n in range(queries) for m, docid in enumerate(order)
+        )
 
     qrels = "".join(f"q{n} 0 r 1\n" for n in range(6))
-    for name, text in (("qrels", qrels), ("first", lines(2, 6)), ("better", lines(1, 6)), ("short", lines(1, 5))):
+    for name, text in (
+        ("qrels", qrels),
+        ("first", lines(2, 6)),
+        ("better", lines(1, 6)),
+        ("short", lines(1, 5)),
+    ):
         (path / name).write_text(text)
     return [path / name for name in ("qrels", "first", "better", "short")]
 
@@ -318,23 +438,40 @@ def test_several_runs_are_compared_with_the_first(tmp_path, capsysbinary):
     rows = json.loads(printed(capsysbinary, *paths, "-m", "recip_rank", "-m", "num_ret", "--json"))["runs"]
     first, better, short = (row["measures"]["recip_rank"] for row in rows)
     assert first == {"mean": 0.5, "low": 0.5, "high": 0.5}
-    assert better == {"mean": 1.0, "low": 1.0, "high": 1.0, "difference": {"num_q": 6, "mean": 0.5, "low": 0.5, "high": 0.5, "p": 2 / 2**6}}
+    assert better == {
+        "mean": 1.0,
+        "low": 1.0,
+        "high": 1.0,
+        "difference": {"num_q": 6, "mean": 0.5, "low": 0.5, "high": 0.5, "p": 2 / 2**6},
+    }
     assert short["difference"]["num_q"] == 5 and short["difference"]["p"] == 2 / 2**5 and short["mean"] == 1.0
     assert [row["measures"]["num_ret"] for row in rows] == [{"total": 12}, {"total": 12}, {"total": 10}]
-    swapped = json.loads(printed(capsysbinary, paths[0], paths[3], paths[1], "-m", "recip_rank", "-c", "--json"))["runs"][1]
+    swapped = json.loads(
+        printed(capsysbinary, paths[0], paths[3], paths[1], "-m", "recip_rank", "-c", "--json")
+    )["runs"][1]
     assert swapped["measures"]["recip_rank"]["difference"]["mean"] == pytest.approx(-2 / 6)
     complete = json.loads(printed(capsysbinary, *paths, "-m", "recip_rank", "-c", "--json"))["runs"][2]
     assert complete["num_q"] == 6 and complete["measures"]["recip_rank"]["mean"] == pytest.approx(5 / 6)
-    assert complete["measures"]["recip_rank"]["low"] < 5 / 6 and complete["measures"]["recip_rank"]["difference"]["num_q"] == 6
+    assert (
+        complete["measures"]["recip_rank"]["low"] < 5 / 6
+        and complete["measures"]["recip_rank"]["difference"]["num_q"] == 6
+    )
     assert complete["measures"]["recip_rank"]["difference"]["mean"] == pytest.approx(2 / 6)
 
 
 def test_the_table_has_a_row_for_each_run_and_differences_for_each_query(tmp_path, capsysbinary):
     paths = three_runs(tmp_path)
     text = printed(capsysbinary, *paths, "-m", "recip_rank", "-q").decode()
-    assert f"{'recip_rank':22s}\tq0\t0.5000\t+0.5000\t+0.5000\n" in text and f"{'recip_rank':22s}\tq5\t0.5000\t+0.5000\t-\n" in text
+    assert (
+        f"{'recip_rank':22s}\tq0\t0.5000\t+0.5000\t+0.5000\n" in text
+        and f"{'recip_rank':22s}\tq5\t0.5000\t+0.5000\t-\n" in text
+    )
     rows = [line.split() for line in text.splitlines() if line.startswith(str(tmp_path))]
-    assert [row[:3] for row in rows] == [[str(paths[1]), "6", "0.5000"], [str(paths[2]), "6", "1.0000"], [str(paths[3]), "5", "1.0000"]]
+    assert [row[:3] for row in rows] == [
+        [str(paths[1]), "6", "0.5000"],
+        [str(paths[2]), "6", "1.0000"],
+        [str(paths[3]), "5", "1.0000"],
+    ]
     assert rows[1][-1] == "0.0312" and rows[2][-1] == "0.0625"
 
 
@@ -342,3 +479,71 @@ def test_one_run_as_json_has_the_values_of_each_query(tmp_path, capsysbinary):
     qrels, first, *_ = three_runs(tmp_path)
     (row,) = json.loads(printed(capsysbinary, qrels, first, "-m", "recip_rank", "-q", "--json"))["runs"]
     assert row["queries"]["q3"] == {"recip_rank": 0.5} and row["num_q"] == 6
+
+
+# --- BRIGHT
+
+
+def bright_folders(path: Path) -> tuple[Path, Path]:
+    """Runs and judgements of the 12 splits, split n with n + 1 judged queries, of which the run has one.
+
+    That one has NDCG@10 1 in the first three splits and 0 in the others.
+    """
+    runs, qrels = path / "runs", path / "qrels"
+    runs.mkdir()
+    qrels.mkdir()
+    for n, split in enumerate(BRIGHT_SPLITS):
+        name = split.replace("_", "-")
+        (runs / f"run.{name}.txt").write_text("0 Q0 x 1 2 t\n0 Q0 y 2 1 t\n")
+        gold = [f"{qid} 0 {'x' if n < 3 else 'z'} 1\n" for qid in range(n + 1)]
+        (qrels / f"qrels.bright-{name}.txt").write_text("".join(gold))
+    return runs, qrels
+
+
+def test_brights_headline_is_the_plain_mean_of_the_splits_with_missing_queries_as_0(tmp_path, capsys):
+    runs, qrels = bright_folders(tmp_path)
+    trec.main(["--bright", str(runs), "--qrels", str(qrels)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 13 and [float(line.split()[1]) for line in lines[:4]] == [100, 50, 33.33, 0]
+    assert lines[0].split()[2] == "1" and lines[11].split()[2] == "12"
+    assert float(lines[-1].split()[1]) == round((100 + 50 + 100 / 3) / 12, 2) and "12 splits" in lines[-1]
+
+
+def test_brights_corrected_judgements_are_a_choice_and_a_mean_of_some_splits_is_marked(tmp_path, capsys):
+    runs, qrels = bright_folders(tmp_path)
+    for path in runs.iterdir():
+        if "pony" not in path.name:
+            path.unlink()
+    (qrels / "qrels.bright-pony.fixed.txt").write_text("0 0 y 1\n")
+    trec.main(["--bright", str(runs), "--qrels", str(qrels), "--fixed"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split()[1:5] == ["63.09", "1", "splits", "of"] and lines[0].split() == [
+        "biology",
+        "-",
+        "no",
+        "run",
+    ]
+    (qrels / "qrels.bright-pony.fixed.txt").unlink()
+    with pytest.raises(InputError, match="no fixed qrels of BRIGHT's pony"):
+        trec.main(["--bright", str(runs), "--qrels", str(qrels), "--fixed"])
+    (runs / "run.pony.txt").unlink()
+    with pytest.raises(InputError, match="no run of any BRIGHT split"):
+        trec.main(["--bright", str(runs), "--qrels", str(qrels)])
+
+
+def test_excluded_documents_leave_brights_runs_but_not_its_judgements(tmp_path, capsys):
+    runs, qrels, exclude = *bright_folders(tmp_path), tmp_path / "exclude"
+    exclude.mkdir()
+    (qrels / "qrels.bright-biology.txt").write_text("0 0 x 1\n0 0 y 1\n")
+    (exclude / "exclude.bright-biology.txt").write_text("0 x\n")
+    trec.main(["--bright", str(runs), "--qrels", str(qrels), "--exclude", str(exclude)])
+    expected = 100 * ndcg([1], ideal=[1, 1])  # y alone is found, and x still counts as missed
+    assert capsys.readouterr().out.split()[1] == f"{expected:.2f}"
+
+
+def test_options_may_stand_between_the_files_and_the_two_ways_of_use_do_not_mix(tmp_path, capsysbinary):
+    judged = files(tmp_path, "1 0 a 1\n", "1 Q0 a 1 1 t\n")
+    assert printed(capsysbinary, judged[0], "-q", "-m", "map", judged[1]).count(b"\n") == 2
+    for arguments in ([], [judged[0]], [*judged, "--bright", tmp_path], [*judged, "--qrels", tmp_path]):
+        with pytest.raises(InputError, match="expected QRELS and at least one RUN, or --bright"):
+            trec.main([*map(str, arguments)])

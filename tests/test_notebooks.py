@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom against the code as it is now, and what they show is what they say they show."""
+"""The notebooks run from top to bottom against the code as it is now, and show what they say they show."""
 
 import re
 from pathlib import Path
@@ -15,8 +15,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 def printed(cell):
     """What a code cell shows as text, pictures and warnings left out."""
-    texts = [output["text"] if output.output_type == "stream" and output["name"] == "stdout" else output.get("data", {}).get("text/plain",
-            "")
+    texts = [output["text"] if output.output_type == "stream" and output["name"] == "stdout"
+             else output.get("data", {}).get("text/plain", "")
              for output in cell.outputs]
     return "".join(text for text in texts if not re.match(r"<(Figure|Axes)", text)).strip()
 
@@ -31,19 +31,23 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_runs_and_prints_what_is_stored_in_it(path):
-    """A cell tagged "varies" (times, hardware) may print something else; every other stored output must be the present one."""
+    """A stored output must be the present one, but for a cell tagged "varies" (times, hardware)."""
     stored = nbformat.read(path, as_version=4)
     executed = nbformat.from_dict(stored)
-    nbclient.NotebookClient(executed, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
-    for before, after in zip(code_cells(nbformat.read(path, as_version=4)), code_cells(executed), strict=True):
+    resources = {"metadata": {"path": str(path.parent)}}
+    nbclient.NotebookClient(executed, timeout=60, kernel_name="python3", resources=resources).execute()
+    as_saved = nbformat.read(path, as_version=4)
+    for before, after in zip(code_cells(as_saved), code_cells(executed), strict=True):
         if "varies" not in before.metadata.get("tags", []):
-            assert printed(after) == printed(before), f"run {path.name} again and save it, this cell changed:\n{before.source}"
+            advice = f"run {path.name} again and save it, this cell changed:\n{before.source}"
+            assert printed(after) == printed(before), advice
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_has_one_short_idea_a_cell_and_imports_the_code_instead_of_copying_it(path):
     notebook = nbformat.read(path, as_version=4)
-    real = set(re.findall(r"^(?:def|class) (\w+)", "\n".join(file.read_text() for file in ROOT.glob("*.py")), re.MULTILINE))
+    code = "\n".join(file.read_text() for file in ROOT.glob("*.py"))
+    real = set(re.findall(r"^(?:def|class) (\w+)", code, re.MULTILINE))
     for cell in code_cells(notebook):
         assert len(cell.source.splitlines()) < 25, cell.source
         copied = real & set(re.findall(r"^(?:def|class) (\w+)", cell.source, re.MULTILINE))

@@ -1,6 +1,6 @@
-"""The reward: how a response is read (INTERFACES.md's seven points), what NDCG is, what eqs. 5 and 6 pay, and what they must not pay.
+"""The reward: how a response is read (INTERFACES.md's 7 points), NDCG, what eqs. 5 and 6 pay and must not.
 
-Names state the property. Whoever breaks reward.py learns from the failing name why the line they changed was there.
+Names state the property: whoever breaks reward.py learns from the failing name why the line was there.
 """
 
 import dataclasses
@@ -36,7 +36,8 @@ def test_the_examples_in_the_docstrings_are_true():
     assert doctest.testmod(reward).failed == 0
 
 
-# -- the parser: contract 1 to 4, where the answer is ------------------------------------------------------------------
+# -- the parser: contract 1 to 4, where the answer is
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nothing", [None, "", " \n\t ", b"<answer> [2] </answer>", 7, ["[2]"], float("nan")])
@@ -53,7 +54,8 @@ def test_a_complete_block_with_every_id_once_is_ok_whatever_surrounds_it(text):
 
 
 def test_the_last_block_counts_because_models_repeat_the_format_before_they_answer():
-    assert read("The format is <answer> [1] > [2] > [3] </answer>. So: <answer> [3] > [2] > [1] </answer>") == ("ok", [3, 2, 1])
+    text = "The format is <answer> [1] > [2] > [3] </answer>. So: <answer> [3] > [2] > [1] </answer>"
+    assert read(text) == ("ok", [3, 2, 1])
 
 
 def test_the_nearest_opening_tag_counts_because_models_mention_the_tag_in_passing():
@@ -61,24 +63,28 @@ def test_the_nearest_opening_tag_counts_because_models_mention_the_tag_in_passin
 
 
 def test_a_block_that_names_nothing_gives_way_to_the_last_earlier_one_that_does():
-    text = "<answer> [1] </answer> <answer> [3] > [2] > [1] </answer> <answer> see above </answer> <answer> [9] </answer>"
+    text = ("<answer> [1] </answer> <answer> [3] > [2] > [1] </answer> "
+            "<answer> see above </answer> <answer> [9] </answer>")
     assert read(text) == ("ok", [3, 2, 1])
 
 
 def test_a_stray_second_closing_tag_does_not_hide_the_list():
     assert read("<answer> 3 > 2 > 1 </answer> </answer>") == ("ok", [3, 2, 1])
-    assert read("<answer> [3] > [2] </answer> and [1] </answer>") == ("ok", [3, 2, 1])  # to the last one, as the contract says
+    # To the last one, as the contract says.
+    assert read("<answer> [3] > [2] </answer> and [1] </answer>") == ("ok", [3, 2, 1])
 
 
 def test_an_answer_inside_the_reasoning_is_not_the_answer():
-    assert read("<think> maybe <answer> [3] > [2] > [1] </answer> </think> <answer> [2] > [1] > [3] </answer>") == ("ok", [2, 1, 3])
-    assert read("<think> maybe <answer> [3] > [2] > [1] </answer> </think>") == ("malformed", [1, 2, 3])
-    assert read("<think> maybe <answer> [3] > [2] > [1] </answer> </think> <answer> none </answer>") == ("malformed", [1, 2, 3])
+    think = "<think> maybe <answer> [3] > [2] > [1] </answer> </think>"
+    assert read(f"{think} <answer> [2] > [1] > [3] </answer>") == ("ok", [2, 1, 3])
+    assert read(think) == ("malformed", [1, 2, 3])
+    assert read(f"{think} <answer> none </answer>") == ("malformed", [1, 2, 3])
 
 
 def test_a_second_closing_think_tag_does_not_hide_the_answer_before_it():
-    assert read("<think> a </think> <answer> [3] > [2] > [1] </answer> </think>") == ("ok", [3, 2, 1])
-    assert read("<think> a </think> <answer> [3] > [2] > [1] </answer> </think> <answer> [2] > [1] > [3] </answer>") == ("ok", [2, 1, 3])
+    text = "<think> a </think> <answer> [3] > [2] > [1] </answer> </think>"
+    assert read(text) == ("ok", [3, 2, 1])
+    assert read(f"{text} <answer> [2] > [1] > [3] </answer>") == ("ok", [2, 1, 3])
 
 
 def test_tags_are_case_sensitive():
@@ -86,8 +92,10 @@ def test_tags_are_case_sensitive():
     assert read("<think> [2] </THINK> [3] > [2] > [1]") == ("truncated", [1, 2, 3])
 
 
-@pytest.mark.parametrize("text, order", [("<answer> [3] > [1] > [2", [3, 1, 2]), ("<answer> [1] <answer> [3] > [1]", [3, 1, 2]),
-                                         ("<think> t <answer> [3]", [3, 1, 2]), ("<answer> [3] > [1] </ans", [3, 1, 2]),
+@pytest.mark.parametrize("text, order", [("<answer> [3] > [1] > [2", [3, 1, 2]),
+                                         ("<answer> [1] <answer> [3] > [1]", [3, 1, 2]),
+                                         ("<think> t <answer> [3]", [3, 1, 2]),
+                                         ("<answer> [3] > [1] </ans", [3, 1, 2]),
                                          ("a <answer>", [1, 2, 3]),
                                          ("<answer> [3] > [1] </think>", [3, 1, 2])])
 def test_an_open_answer_is_read_as_far_as_it_goes_and_called_truncated(text, order):
@@ -108,16 +116,17 @@ def test_reasoning_that_never_ends_gives_no_order_although_it_names_passages():
     assert read("<think> a </think> <think> [3] > [2]") == ("truncated", [1, 2, 3])
 
 
-@pytest.mark.parametrize("text", ["[3] > [1] > [2]", "3, 1, 2", "The order is [3] > [1] > [2].", "<think> [2] </think>\n[3] > [1] > [2]",
-                                  "[3] > [1] </answer>",
+@pytest.mark.parametrize("text", ["[3] > [1] > [2]", "3, 1, 2", "The order is [3] > [1] > [2].",
+                                  "<think> [2] </think>\n[3] > [1] > [2]", "[3] > [1] </answer>",
                                   "<think> I write <answer> before [2]. </think> [3] > [1] > [2]"])
 def test_zero_shot_models_that_answer_without_tags_are_understood(text):
     assert read(text) == ("untagged", [3, 1, 2])
 
 
-@pytest.mark.parametrize("text", ["I cannot rank these.", "<answer> none </answer>", "<answer></answer>", "<answer> [0] > [4] </answer>",
-                                  "[7] > [8]",
-                                  "<answer> the 3rd, then number 2 </answer>", "<think> [3] </think>", "</answer> <think> [3] </think>"])
+@pytest.mark.parametrize("text", ["I cannot rank these.", "<answer> none </answer>", "<answer></answer>",
+                                  "<answer> [0] > [4] </answer>", "[7] > [8]",
+                                  "<answer> the 3rd, then number 2 </answer>", "<think> [3] </think>",
+                                  "</answer> <think> [3] </think>"])
 def test_a_text_that_names_no_passage_is_malformed_and_changes_nothing(text):
     assert read(text) == ("malformed", [1, 2, 3])
 
@@ -126,26 +135,27 @@ def test_a_complete_block_that_names_nothing_is_the_answer_although_another_one_
     assert read("<answer> none </answer> <answer> [3] > [2") == ("malformed", [1, 2, 3])
 
 
-# -- the parser: contract 5 to 7, which numbers are ids ----------------------------------------------------------------
+# -- the parser: contract 5 to 7, which numbers are ids
+# ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["3 > 1 > 2", "3, 1, 2", "3; 1; 2", "3 1 2", "[3, 1, 2]", "(3) > (1) > (2)", "[3] = [1] < [2]", "3\n1\n2",
-                                  "[[3], [1], [2]]",
-                                  "Passage 3 > passage 1 > PASSAGE 2", "doc3, DOC1, Document 2", "id 3 > ID 1 > [id 2]",
-                                  "3\u00a0>\u00a01\u00a0>\u00a02"])
+@pytest.mark.parametrize("text", ["3 > 1 > 2", "3, 1, 2", "3; 1; 2", "3 1 2", "[3, 1, 2]", "(3) > (1) > (2)",
+                                  "[3] = [1] < [2]", "3\n1\n2", "[[3], [1], [2]]",
+                                  "Passage 3 > passage 1 > PASSAGE 2", "doc3, DOC1, Document 2",
+                                  "id 3 > ID 1 > [id 2]", "3\u00a0>\u00a01\u00a0>\u00a02"])
 def test_in_a_text_that_is_nothing_but_a_list_every_integer_is_an_id(text):
     assert read(f"<answer>{text}</answer>") == ("ok", [3, 1, 2])
 
 
-@pytest.mark.parametrize("text", ["Of the 2 good ones [3] wins, then [1], [2].", "First [ 3 ], then [1, 2]!", "best: [03] > [1] > [2]",
-                                  "See [3.1], [-2]: [3] > [1] > [2]",
+@pytest.mark.parametrize("text", ["Of the 2 good ones [3] wins, then [1], [2].", "First [ 3 ], then [1, 2]!",
+                                  "best: [03] > [1] > [2]", "See [3.1], [-2]: [3] > [1] > [2]",
                                   "1. [3] 2. [1] 3. [2]", "[note] [3] > [1] > [2]", "**[3] > [1] > [2]**"])
 def test_in_prose_only_integers_in_square_brackets_are_ids_because_prose_has_years_and_counts(text):
     assert read(f"<answer>{text}</answer>") == ("ok", [3, 1, 2])
 
 
-@pytest.mark.parametrize("text", ["about 3", "[3.1]", "[-2]", "-2", "3.1", "3 > 2!", "(3)!", "see [3", "3]!", "[٣]", "³", "[see 3]",
-                                  "3 > 2 > ıd 1", "1e3"])
+@pytest.mark.parametrize("text", ["about 3", "[3.1]", "[-2]", "-2", "3.1", "3 > 2!", "(3)!", "see [3",
+                                  "3]!", "[٣]", "³", "[see 3]", "3 > 2 > ıd 1", "1e3"])
 def test_what_only_looks_like_an_id_is_none(text):
     assert read(f"<answer>{text}</answer>")[0] == "malformed"
 
@@ -153,13 +163,14 @@ def test_what_only_looks_like_an_id_is_none(text):
 def test_numbers_of_more_than_nine_digits_are_ignored():
     assert read("<answer> [3] > [1] > [1234567890] > [2] </answer>") == ("ok", [3, 1, 2])
     assert read("<answer> [3] > [1] > [123456789] > [2] </answer>") == ("repaired", [3, 1, 2])
-    assert read(f"<answer> [{'1' * 5000}] </answer>") == ("malformed", [1, 2, 3])  # int() refuses 5,000 digits with an error
+    # int() refuses 5,000 digits with an error.
+    assert read(f"<answer> [{'1' * 5000}] </answer>") == ("malformed", [1, 2, 3])
 
 
-@pytest.mark.parametrize("text, order", [("[3] > [3] > [1] > [3]", [3, 1, 2]), ("[2]", [2, 1, 3]), ("[4] > [2] > [0]", [2, 1, 3]),
-                                         ("[3] > [2] > [1] > [4]", [3, 2, 1]),
+@pytest.mark.parametrize("text, order", [("[3] > [3] > [1] > [3]", [3, 1, 2]), ("[2]", [2, 1, 3]),
+                                         ("[4] > [2] > [0]", [2, 1, 3]), ("[3] > [2] > [1] > [4]", [3, 2, 1]),
                                          ("[3] > [2] > [1] > [3]", [3, 2, 1])])
-def test_a_block_that_needs_mending_is_repaired_first_mention_wins_and_missing_ones_keep_their_order(text, order):
+def test_a_block_that_needs_mending_is_repaired_first_mention_wins_and_missing_ones_keep_order(text, order):
     assert read(f"<answer>{text}</answer>") == ("repaired", order)
 
 
@@ -167,9 +178,9 @@ def test_missing_passages_follow_in_their_present_order_and_not_sorted_after_the
     assert parse_ranking("<answer> [4] > [2] </answer>", 6).order == [3, 1, 0, 2, 4, 5]
 
 
-FRAGMENTS = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "[1]", "[2] > ", "[3, 1]", " 2", "13", "99999999999", "-", "x",
-                             ".", " ", "\n", "[", "]", ">",
-                             "passage ", "İd", "٣", "\ud800", "</ans", "<"])
+FRAGMENTS = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "[1]", "[2] > ", "[3, 1]", " 2",
+                             "13", "99999999999", "-", "x", ".", " ", "\n", "[", "]", ">", "passage ", "İd",
+                             "٣", "\ud800", "</ans", "<"])
 TEXTS = st.lists(st.one_of(FRAGMENTS, FRAGMENTS, st.text(max_size=3)), max_size=14).map("".join)
 
 
@@ -183,9 +194,10 @@ def test_whatever_a_model_writes_comes_back_as_a_permutation(text, n):
 
 
 def literal_block(text):
-    """Contract 2 word for word, without its second sentence: after the last </think>, else the first, else anywhere."""
+    """Contract 2's first sentence, word for word: after the last </think>, else the first, else anywhere."""
     thoughts = text.split("</think>")
-    for place in dict.fromkeys((thoughts[-1], text.partition("</think>")[2])) if len(thoughts) > 1 else [text]:
+    places = dict.fromkeys((thoughts[-1], text.partition("</think>")[2])) if len(thoughts) > 1 else [text]
+    for place in places:
         end = place.rfind("</answer>")
         begin = place.rfind("<answer>", 0, max(end, 0))
         if begin >= 0:
@@ -194,24 +206,26 @@ def literal_block(text):
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "[1]", "[2]", " 2 > 1 "]), max_size=9).map("".join))
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "[1]", "[2]", " 2 > 1 "]),
+                max_size=9).map("".join))
 def test_one_backward_pass_finds_the_block_that_the_contract_describes_in_three_steps(text):
     block, ranking = literal_block(text), parse_ranking(text, 2)
     if block is None:
         assert ranking.status in ("untagged", "truncated", "malformed", "empty")
-    elif "</think>" not in block and (alone := parse_ranking(f"<answer>{block}</answer>", 2)).status != "malformed":
-        assert ranking == alone
+    elif "</think>" not in block:
+        alone = parse_ranking(f"<answer>{block}</answer>", 2)
+        assert ranking == alone or alone.status == "malformed"
 
 
-HOSTILE = ["<answer>", "<answer></answer>", "<answer>[9]</answer>", "<answer>1", "</answer>", "<think>", "</think>", "</think><answer>",
-           "</answer><answer>", "[", "]",
-           "[1, ", "[ 1", "1", "1 ", " ", "doc", "docu", "[1] > ", "<", "</answer ", "\n"]
+HOSTILE = ["<answer>", "<answer></answer>", "<answer>[9]</answer>", "<answer>1", "</answer>", "<think>",
+           "</think>", "</think><answer>", "</answer><answer>", "[", "]", "[1, ", "[ 1", "1", "1 ", " ",
+           "doc", "docu", "[1] > ", "<", "</answer ", "\n"]
 
 
 @pytest.mark.parametrize("frame", ["{}", "x{}", "<answer>{}x", "<answer>{}</answer>", "<answer>x{}</answer>",
                                    "<think></think><answer>[1]{}</answer>x"])
 def test_the_time_is_linear_in_the_text_because_a_training_model_writes_anything(frame):
-    """200,000 characters of each: about 10 ms. A quadratic step needs minutes, so the generous limit is safe on a busy machine."""
+    """200,000 characters of each: about 10 ms. A quadratic step: minutes; 1 s is safe on a busy machine."""
     for unit in HOSTILE:
         text = frame.format(unit * (200_000 // len(unit)))
         started = time.process_time()
@@ -226,7 +240,8 @@ def test_a_hundred_thousand_empty_blocks_are_read_once():
     assert time.process_time() - started < 3
 
 
-# -- NDCG --------------------------------------------------------------------------------------------------------------
+# -- NDCG
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_ndcg_is_the_formula_of_the_paper():
@@ -260,7 +275,8 @@ def test_without_a_relevant_passage_ndcg_is_zero_and_not_an_error():
 
 
 def test_labels_from_numpy_give_plain_floats_because_logs_and_json_want_them():
-    assert type(ndcg(np.array([0, 3, 1]))) is float and type(score_response(BEST, np.array(LABELS)).reward) is float
+    assert type(ndcg(np.array([0, 3, 1]))) is float
+    assert type(score_response(BEST, np.array(LABELS)).reward) is float
 
 
 @given(st.lists(st.integers(-1, 3), max_size=25), st.integers(1, 12), st.randoms(use_true_random=False))
@@ -269,7 +285,8 @@ def test_ndcg_is_one_for_the_ideal_order_and_between_zero_and_one_for_every_othe
     assert ndcg(ideal, k) == (1.0 if any(label > 0 for label in labels) else 0.0)
     shuffled = random.sample(labels, len(labels))
     assert 0.0 <= ndcg(shuffled, k, ideal=labels) <= 1.0
-    assert (ndcg(shuffled, k) == ndcg(ideal, k)) == ([max(0, x) for x in shuffled[:k]] == [max(0, x) for x in ideal[:k]])
+    same_gains = [max(0, x) for x in shuffled[:k]] == [max(0, x) for x in ideal[:k]]
+    assert (ndcg(shuffled, k) == ndcg(ideal, k)) == same_gains
 
 
 def test_ndcg_agrees_with_the_field_s_reference():
@@ -277,11 +294,13 @@ def test_ndcg_agrees_with_the_field_s_reference():
     for case in range(40):
         labels = [(case * 7 + i * i * (case + 3)) % 5 - 1 for i in range(15)]
         qrels = {"q": {f"d{i}": label for i, label in enumerate(labels)}}
-        got = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10"}).evaluate({"q": {f"d{i}": 99.0 - i for i in range(12)}})
+        run = {"q": {f"d{i}": 99.0 - i for i in range(12)}}
+        got = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10"}).evaluate(run)
         assert ndcg(labels[:12], ideal=labels) == pytest.approx(got["q"]["ndcg_cut_10"], abs=1e-12)
 
 
-# -- the reward --------------------------------------------------------------------------------------------------------
+# -- the reward
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_best_order_in_perfect_format_pays_exactly_one():
@@ -297,16 +316,16 @@ def test_the_reward_is_equation_six_over_equation_five():
 
 
 def test_the_reward_comes_from_the_new_order_and_not_from_scores_that_stay_with_the_positions():
-    """If labels (or first-stage scores) stayed at their positions, every answer would score the window as it was."""
+    """If labels or first-stage scores kept their positions, every answer would score the window as it was."""
     scores = {score_response(answer(ids), [0, 1, 3]).ndcg for ids in itertools.permutations([1, 2, 3])}
     assert len(scores) == 6
     assert score_response(answer([1, 2, 3]), [0, 1, 3]).rank == 0.0
 
 
-@given(st.integers(2, 8).flatmap(lambda n: st.tuples(st.lists(st.integers(0, 3), min_size=n, max_size=n), st.permutations(range(n)),
-                                                     st.permutations(range(n)))))
+@given(st.integers(2, 8).flatmap(lambda n: st.tuples(st.lists(st.integers(0, 3), min_size=n, max_size=n),
+                                                     st.permutations(range(n)), st.permutations(range(n)))))
 def test_the_reward_does_not_depend_on_which_number_a_passage_carries(case):
-    """The window in another order, and the ids of the response renamed alike: the same passages in the same order, so the same NDCG."""
+    """The window in another order, the response's ids renamed alike: the same passages in the same order."""
     labels, order, place = case  # passage i of the first window is passage place[i] of the second
     moved = [labels[place.index(i)] for i in range(len(labels))]
     first = score_response(answer(i + 1 for i in order), labels)
@@ -314,18 +333,23 @@ def test_the_reward_does_not_depend_on_which_number_a_passage_carries(case):
     assert (first.ndcg, first.format1, first.format2) == (second.ndcg, second.format1, second.format2)
 
 
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=8), st.lists(st.integers(0, 3), max_size=8), st.randoms(use_true_random=False))
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=8), st.lists(st.integers(0, 3), max_size=8),
+       st.randoms(use_true_random=False))
 def test_the_choice_of_the_ideal_cancels_in_equation_five(labels, others, random):
     text = answer(random.sample(range(1, len(labels) + 1), len(labels)))
     if ndcg(labels) < ndcg(sorted(labels, reverse=True)):
-        assert score_response(text, labels).rank == pytest.approx(score_response(text, labels, ideal=labels + others).rank)
+        of_all = score_response(text, labels, ideal=labels + others)
+        assert score_response(text, labels).rank == pytest.approx(of_all.rank)
 
 
-@given(st.lists(st.integers(0, 3), min_size=3, max_size=8), st.lists(st.randoms(use_true_random=False), min_size=3, max_size=8))
+@given(st.lists(st.integers(0, 3), min_size=3, max_size=8),
+       st.lists(st.randoms(use_true_random=False), min_size=3, max_size=8))
 def test_inside_a_group_the_three_schemes_are_affine_images_where_nothing_is_clipped(labels, draws):
     """So they give the same advantages after the z-score, wherever the format parts do not differ."""
-    texts = [answer(draw.sample(range(1, len(labels) + 1), len(labels))) for draw in draws] + ["no order at all"]
-    normalized, absolute, difference = ([score_response(text, labels, scheme=scheme).rank for text in texts] for scheme in SCHEMES)
+    ids = range(1, len(labels) + 1)
+    texts = [answer(draw.sample(ids, len(ids))) for draw in draws] + ["no order at all"]
+    normalized, absolute, difference = ([score_response(text, labels, scheme=scheme).rank for text in texts]
+                                        for scheme in SCHEMES)
     initial, best = ndcg(labels), ndcg(sorted(labels, reverse=True))
     if best > initial and min(normalized) > -1:
         assert difference == pytest.approx([x - initial for x in absolute])
@@ -349,8 +373,8 @@ def test_with_nothing_to_gain_an_order_that_loses_pays_what_it_lost():
 
 
 @pytest.mark.parametrize("labels", [[3, 1, 0], [0, 1, 3], [0, 0, 0]])
-@pytest.mark.parametrize("text", ["", None, "[1] > [2] > [3]", "<answer> [1] > [2", "<think> t </think> <answer> none </answer>",
-                                  "<answer> [0] </answer>"])
+@pytest.mark.parametrize("text", ["", None, "[1] > [2] > [3]", "<answer> [1] > [2",
+                                  "<think> t </think> <answer> none </answer>", "<answer> [0] </answer>"])
 def test_what_cannot_be_read_pays_nothing_even_where_the_window_was_already_best(text, labels):
     score = score_response(text, labels)
     assert score.rank == 0.0 and score.format2 == 0.0 and score.ndcg == ndcg(labels)
@@ -358,23 +382,26 @@ def test_what_cannot_be_read_pays_nothing_even_where_the_window_was_already_best
     assert score_response(text, labels, scheme="difference").rank == 0.0
 
 
-@pytest.mark.parametrize("text, status", [("[2] > [5] > [3] > [1] > [4]", "untagged"),
-                                          ("<think> t </think> [2] > [5] > [3] > [1] > [4]", "untagged"),
-                                          ("<answer> [2] > [5] > [3] > [1] > [4]", "truncated"),
-                                          ("<think> t <answer> [2] > [5] > [3] > [1] > [4] </answer>", "ok"),
-                                          ("<think> a </think> <think> b <answer> [2] > [5] > [3] > [1] > [4] </answer>", "ok")])
+@pytest.mark.parametrize("text, status", [
+    ("[2] > [5] > [3] > [1] > [4]", "untagged"),
+    ("<think> t </think> [2] > [5] > [3] > [1] > [4]", "untagged"),
+    ("<answer> [2] > [5] > [3] > [1] > [4]", "truncated"),
+    ("<think> t <answer> [2] > [5] > [3] > [1] > [4] </answer>", "ok"),
+    ("<think> a </think> <think> b <answer> [2] > [5] > [3] > [1] > [4] </answer>", "ok")])
 def test_users_get_an_order_from_texts_that_the_reward_does_not_read(text, status):
-    """Lenient for inference, strict for training: an answer without tags, or inside open reasoning, must not be worth learning."""
+    """Lenient for inference, strict for training: no tags, or open reasoning, must not be worth learning."""
     assert read(text, 5) == (status, [2, 5, 3, 1, 4])
     assert score_response(text, LABELS) == Score(0.0, 0.0, 0.0, 0.0, ndcg(LABELS))
 
 
-@pytest.mark.parametrize("text", ["<answer> [2] > [5] > [3] > [1] > [4] </answer>",
-                                  "reasons </think> <answer> [2] > [5] > [3] > [1] > [4] </answer>",
-                                  "<think> see <think> </think> <answer> [2] > [5] > [3] > [1] > [4] </answer>"])
+@pytest.mark.parametrize("text", [
+    "<answer> [2] > [5] > [3] > [1] > [4] </answer>",
+    "reasons </think> <answer> [2] > [5] > [3] > [1] > [4] </answer>",
+    "<think> see <think> </think> <answer> [2] > [5] > [3] > [1] > [4] </answer>"])
 def test_the_reward_reads_a_block_after_a_closed_or_absent_think_block(text):
     score = score_response(text, LABELS)
-    assert (score.rank, score.format1, score.format2) == (1.0, 0.0, 1.0) and score.reward == pytest.approx(0.9)
+    assert (score.rank, score.format1, score.format2) == (1.0, 0.0, 1.0)
+    assert score.reward == pytest.approx(0.9)
 
 
 def test_a_think_tag_after_the_block_does_not_close_the_block_off():
@@ -382,32 +409,34 @@ def test_a_think_tag_after_the_block_does_not_close_the_block_off():
     assert score_response(text, LABELS).rank == 1.0
 
 
-@pytest.mark.parametrize("text", ["<think></think><answer></answer>", " <think> a\nb </think>\n\n<answer> [2] </answer>\n",
+@pytest.mark.parametrize("text", ["<think></think><answer></answer>",
+                                  " <think> a\nb </think>\n\n<answer> [2] </answer>\n",
                                   "<think> a </think> <answer> anything </answer>"])
 def test_format1_is_one_think_and_one_answer_block(text):
     score = score_response(text, LABELS)
     assert score.format1 == 1.0 and score.reward == pytest.approx(0.8 * score.rank + 0.1)
 
 
-@pytest.mark.parametrize("text", ["<answer> [2] </answer>", "<think> a </think>", "Well, <think> a </think> <answer> [2] </answer>",
-                                  "<think> a </think> <answer> [2] </answer>.",
-                                  "<think> a </think> so <answer> [2] </answer>", "<answer> [2] </answer> <think> a </think>",
-                                  "<think> <answer> a </think> [2] </answer>",
-                                  "<think> a </think> <answer> [2] </answer> <answer> [2] </answer>",
-                                  "<think> <think> a </think> <answer> [2] </answer>", "<think> a <answer> [2] </answer>"])
-def test_format1_wants_each_tag_once_and_nothing_around_because_a_pattern_found_anywhere_rewards_rambling(text):
+@pytest.mark.parametrize("text", [
+    "<answer> [2] </answer>", "<think> a </think>", "Well, <think> a </think> <answer> [2] </answer>",
+    "<think> a </think> <answer> [2] </answer>.", "<think> a </think> so <answer> [2] </answer>",
+    "<answer> [2] </answer> <think> a </think>", "<think> <answer> a </think> [2] </answer>",
+    "<think> a </think> <answer> [2] </answer> <answer> [2] </answer>",
+    "<think> <think> a </think> <answer> [2] </answer>", "<think> a <answer> [2] </answer>"])
+def test_format1_wants_each_tag_once_and_nothing_around_because_patterns_found_anywhere_reward_rambling(text):
     assert score_response(text, LABELS).format1 == 0.0
 
 
-@pytest.mark.parametrize("inside", ["[1] > [2] > [3]", " [3] > [1] > [2] ", "[3]>[1]>[2]", "\n[3]\n>\n[1] > [2]"])
+@pytest.mark.parametrize("inside", ["[1] > [2] > [3]", " [3] > [1] > [2] ", "[3]>[1]>[2]",
+                                    "\n[3]\n>\n[1] > [2]"])
 def test_format2_is_the_whole_list_and_nothing_else(inside):
     assert score_response(f"<answer>{inside}</answer>", [0, 1, 3]).format2 == 1.0
 
 
-@pytest.mark.parametrize("inside", ["[3]", "[3] > [1]", "[3] > [1] > [2] > [2]", "[3] > [1] > [2] > [4]", "[3] > [1] > [2] > [12345678901]",
-                                    "3 > 1 > 2", "[3], [1], [2]",
-                                    "[3] > [1] > [2].", "Ranking: [3] > [1] > [2]", "[3] > [1] > [2] >", "[3, 1, 2]", "[ 3 ] > [1] > [2]",
-                                    ""])
+@pytest.mark.parametrize("inside", ["[3]", "[3] > [1]", "[3] > [1] > [2] > [2]", "[3] > [1] > [2] > [4]",
+                                    "[3] > [1] > [2] > [12345678901]", "3 > 1 > 2", "[3], [1], [2]",
+                                    "[3] > [1] > [2].", "Ranking: [3] > [1] > [2]", "[3] > [1] > [2] >",
+                                    "[3, 1, 2]", "[ 3 ] > [1] > [2]", ""])
 def test_format2_refuses_partial_lists_because_passages_not_named_keep_their_places_for_free(inside):
     assert score_response(f"<answer>{inside}</answer>", [0, 1, 3]).format2 == 0.0
 
@@ -430,7 +459,7 @@ def test_an_unknown_scheme_is_refused_even_for_a_response_that_cannot_be_read():
 
 
 def test_the_same_text_is_read_alike_by_reward_and_inference_wherever_the_reward_reads_it():
-    for ids in itertools.permutations([1, 2, 3], 2):  # incomplete lists too: there the two could mend differently
+    for ids in itertools.permutations([1, 2, 3], 2):  # incomplete lists: the two could mend them differently
         text, labels = answer(ids), [0, 1, 3]
         ranking = parse_ranking(text, 3)
         assert ranking == Ranking([i - 1 for i in ids] + [({1, 2, 3} - set(ids)).pop() - 1], "repaired")

@@ -1,0 +1,639 @@
+"""The language model: forward pass, sampling, log-probabilities. A prompt is encoded once for all its
+answers.
+
+    agent = load_agent("Qwen/Qwen2.5-7B-Instruct")
+    [[answer]] = sample(agent.model, [prompt_ids], max_new_tokens=100, stop_ids=agent.stop_ids)
+
+One long prompt (20 passages) is shared by many short answers, and that is what makes this file fast: a
+prompt's keys and values are computed and kept once, and an answer's attention is put together from two parts,
+the prompt's and its own. `sample` decodes that way, a token of each answer at a time; `microbatches` gives
+whole answers' log-probabilities and gradients. The same lines run on every device, in float32 and bfloat16.
+
+Letters in shape comments: R rows (answers), S prompts, G rows of a prompt, T answer tokens, P prompt tokens,
+V vocabulary, H query heads, K key-value heads, n = H / K query heads to a key-value head, D size of a head.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from data import InputError
+
+# cuDNN's attention, torch's first choice on Hopper cards, gave NaN gradients at some lengths (pytorch issue
+# 196678), and it plans anew for every shape it meets, which here is nearly every call.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+# ------------------------------------------------------------------------------------------------------------
+# The forward pass, over the modules that transformers has loaded. It is written out because attention is the
+# caller's: all answers to a prompt read one copy of its keys and values, wherever the caller keeps it.
+
+# layer, query [B, H, T, D], key, value [B, K, T, D], scaling -> [B, H, T, D]
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+
+
+def forward(model, ids: Tensor, positions: Tensor, attend: Attend, only: Tensor | None = None,
+            checkpointing: bool = False) -> Tensor:
+    """Final hidden states [B, T, hidden] of tokens ids [B, T] at `positions` [B, T] or [1, T].
+
+    With `only` [B], just those of one place in each row, [B, 1, hidden]: elsewhere the last layer computes
+    keys and values alone. `checkpointing`: keep each layer's input, compute the rest again going backward.
+    """
+    core = model.base_model
+    x = core.embed_tokens(ids)
+    cos, sin = core.rotary_emb(x, positions)
+    half = sin.shape[-1] // 2
+    rotary = cos[:, None], torch.cat([-sin[..., :half], sin[..., half:]], -1)[:, None]  # [B, 1, T, D]
+    for i, layer in enumerate(core.layers):
+        block = functools.partial(transformer_block, layer, rotary=rotary, attend=attend,
+                                  only=only if i == len(core.layers) - 1 else None)
+        again = checkpointing and torch.is_grad_enabled()
+        x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+    return rms_norm(core.norm, x)
+
+
+def transformer_block(layer, x: Tensor, rotary: tuple, attend: Attend, only: Tensor | None) -> Tensor:
+    """One layer of Qwen2, Qwen3, Llama or Mistral: attention and MLP, each added to x [B, T, hidden]."""
+    own = layer.self_attn
+    normed = rms_norm(layer.input_layernorm, x)
+    query, key, value = (project(normed).unflatten(-1, (-1, own.head_dim)).transpose(1, 2)
+                         for project in (own.q_proj, own.k_proj, own.v_proj))  # [B, H or K, T, D] each
+    if hasattr(own, "q_norm"):  # Qwen3
+        query, key = rms_norm(own.q_norm, query), rms_norm(own.k_norm, key)
+    query, key = rotate(query, *rotary), rotate(key, *rotary)
+    if only is not None:
+        rows = torch.arange(len(x), device=x.device)
+        x, query = x[rows, only][:, None], query[rows, :, only][:, :, None]  # [B, 1, hidden], [B, H, 1, D]
+    x = x + own.o_proj(attend(own.layer_idx, query, key, value, own.scaling).transpose(1, 2).flatten(2))
+    return x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))
+
+
+def rms_norm(module, x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps), times the module's weight, over the last dimension."""
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding: turns each pair (x[d], x[d + D/2]) by an angle. `sin` has its first half negated."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def token_mask(lengths: Tensor, width: int) -> Tensor:
+    """[B] -> [B, width], True at the first `lengths` places. (Not from ids: pad may equal the end token.)"""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Lists of token ids as one tensor [B, longest], zeros behind the shorter ones."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Prompts, encoded once
+
+
+@dataclasses.dataclass
+class EncodedPrompts:
+    """S prompts' keys and values, a tensor [S, K, P, D] a layer, right-padded to P.
+
+    `lengths` [S], on the CPU, counts real tokens. `last_hidden` [S, hidden] is the final hidden state of each
+    prompt's last token, which predicts the first token of an answer.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    lengths: Tensor
+    last_hidden: Tensor
+
+
+class PromptAttention:
+    """Causal attention of S prompts over themselves; keeps each layer's keys and values [S, K, P, D]."""
+
+    def __init__(self, lengths: Tensor):
+        self.keys, self.values, self.lengths = {}, {}, lengths
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.keys.setdefault(layer, key)  # the first: checkpointing comes here again, backwards
+        self.values.setdefault(layer, value)
+        last = query.shape[2] < key.shape[2]  # only a prompt's last token asks: it sees the whole prompt
+        mask = token_mask(self.lengths, key.shape[2])[:, None, None] if last else None
+        share = query.shape[1] // key.shape[1]
+        if share > 1 and query.dtype == torch.float32:  # no float32 kernel of a GPU shares heads
+            key, value, share = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1), 1
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=not last, scale=scaling,
+                                              enable_gqa=share > 1)
+
+
+def encode_prompts(model, prompts: Sequence[Sequence[int]], checkpointing: bool = False) -> EncodedPrompts:
+    """One forward pass over S prompts. Their right padding is harmless: no real token looks to its right."""
+    ids = padded(prompts, model.device)  # [S, P]
+    lengths = torch.tensor([len(p) for p in prompts])
+    attention, last = PromptAttention(lengths.to(ids.device)), (lengths - 1).to(ids.device)
+    hidden = forward(model, ids, torch.arange(ids.shape[1], device=ids.device)[None], attention.attend, last,
+                     checkpointing)
+    keys, values = ([kept[i] for i in range(len(kept))] for kept in (attention.keys, attention.values))
+    return EncodedPrompts(keys, values, lengths, hidden[:, 0])
+
+
+def chunks(prompts: Sequence[Sequence[int]], prompt_tokens: int) -> Iterator[slice]:
+    """Slices of neighbours that make at most `prompt_tokens` padded tokens (at least one prompt in each)."""
+    start = 0
+    while start < len(prompts):
+        end, longest = start + 1, len(prompts[start])
+        while end < len(prompts) and max(longest, len(prompts[end])) * (end + 1 - start) <= prompt_tokens:
+            longest, end = max(longest, len(prompts[end])), end + 1
+        yield slice(start, end)
+        start = end
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention joined from two parts. What one softmax over prompt and answer gives is the mean of the parts'
+# outputs, weighted by exp(lse of the part - lse of the whole), where lse is the logarithm of the softmax's
+# normaliser, the sum of exp(scores). So a prompt's part can be one matrix product for all rows that share it.
+
+
+def attention_scores(query: Tensor, keys: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """query [B, K, N, D] against keys [B, K, P, D]: scaling * products + bias, [B, K, N, P], in float32.
+
+    Large scores would be off by whole units in bfloat16. Its factors may be; their products are kept in
+    float32, for which CUDA's matrix product has an option and the others' have not.
+    """
+    if query.is_cuda and query.dtype != torch.float32:
+        query, keys, heads = query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), query.shape[:2]
+        scores = torch.bmm(query, keys, out_dtype=torch.float32).unflatten(0, heads)
+    else:
+        scores = query.float() @ keys.float().transpose(-1, -2)
+    scores *= scaling
+    return scores if bias is None else scores.add_(bias)
+
+
+def attend_part(query: Tensor, keys: Tensor, values: Tensor, scaling: float,
+                bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax attention to one part of what a token may read.
+
+    query [B, K, N, D]; keys, values [B, K, P, D]; bias, -inf at places out of sight, as [B, K, N, P] or
+    smaller. Returns the output [B, K, N, D] and the lse [B, K, N, 1], both float32.
+    """
+    scores = attention_scores(query, keys, scaling, bias)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return (weights.to(values.dtype) @ values).float() / total, top + total.log()
+
+
+def attend_part_backward(grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor,
+                         scaling: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, keys and values through one part, from the output and the lse of the whole.
+
+    The softmax's textbook backward pass, dS = P * (dP - rowsum(dO * O)). It holds for each part by itself,
+    since under the lse of the whole P are the weights that the part has in the whole. Shapes as in
+    `attend_part`; scores are computed again just as there, or P would not sum to one in bfloat16.
+    """
+    weights = attention_scores(query, keys, scaling, bias).sub_(lse).exp_()  # P
+    dscores = attention_scores(grad, values, scaling)  # dP, scaled
+    dscores -= scaling * (grad.float() * out.float()).sum(-1, keepdim=True)
+    dscores = dscores.mul_(weights).to(query.dtype)  # dS
+    return dscores @ keys, dscores.transpose(-1, -2) @ query, weights.to(grad.dtype).transpose(-1, -2) @ grad
+
+
+class SharedAttention(torch.autograd.Function):
+    """Attention of whole answers over the prompt that they share and, causally, over themselves.
+
+    query [R, H, T, D]; key, value [R, K, T, D]; prompt_keys, prompt_values [S, K, P, D]; `parts` lists
+    (prompt, slice of its rows, its length). Returns [R, H, T, D]. Copies no prompt and keeps no scores.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, prompt_keys, prompt_values, parts, scaling):
+        (_, H, T, D), K = query.shape, key.shape[1]
+        ctx.parts, ctx.scaling = parts, scaling
+        ctx.bias = torch.full((T, T), -torch.inf, device=query.device).triu(1).repeat(H // K, 1)  # [n T, T]
+        grouped = query.reshape(-1, K, H // K * T, D)
+        own, own_lse = attend_part(grouped, key, value, scaling, ctx.bias)
+        shared, shared_lse = torch.empty_like(own), torch.empty_like(own_lse)
+        for prompt, rows, length in parts:
+            place = slice(prompt, prompt + 1), slice(None), slice(length)
+            part = attend_part(to_one_row(grouped[rows]), prompt_keys[place], prompt_values[place], scaling)
+            shared[rows], shared_lse[rows] = (from_one_row(x, grouped[rows]) for x in part)
+        out = torch.lerp(own, shared, torch.sigmoid(shared_lse - own_lse)).to(value.dtype)
+        lse = torch.logaddexp(shared_lse, own_lse)
+        ctx.save_for_backward(grouped, key, value, prompt_keys, prompt_values, out, lse)
+        return out.view(query.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, prompt_keys, prompt_values, out, lse = ctx.saved_tensors
+        shape, grad = grad.shape, grad.reshape(query.shape)
+        dquery, dkey, dvalue = attend_part_backward(grad, query, key, value, out, lse, ctx.scaling, ctx.bias)
+        dkeys, dvalues = torch.zeros_like(prompt_keys), torch.zeros_like(prompt_values)
+        for prompt, rows, length in ctx.parts:
+            place = slice(prompt, prompt + 1), slice(None), slice(length)
+            g, q, o, norm = (to_one_row(x[rows]) for x in (grad, query, out, lse))
+            part = attend_part_backward(g, q, prompt_keys[place], prompt_values[place], o, norm, ctx.scaling)
+            dquery[rows] += from_one_row(part[0], query[rows])
+            dkeys[place], dvalues[place] = part[1:]
+        return dquery.view(shape), dkey, dvalue, dkeys, dvalues, None, None
+
+
+def to_one_row(x: Tensor) -> Tensor:
+    """[G, K, N, e] -> [1, K, G N, e]: all that reads a prompt's key-value head, for one matrix product."""
+    return x.transpose(0, 1).flatten(1, 2)[None]
+
+
+def from_one_row(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `to_one_row`: [1, K, G N, e] -> [G, K, N, e], sizes as in `like`."""
+    return x[0].unflatten(1, (len(like), -1)).transpose(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclasses.dataclass
+class Completion:
+    """One sampled answer: its token ids as drawn (the end token included), and whether it ended by itself."""
+
+    ids: list[int]
+    finished: bool
+
+
+def pick_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
+    """The next token of each row, [R]: the most likely at temperature 0, else by inverting the distribution.
+
+    logits [R, V]; uniforms [R] in [0, 1): a number for each token, so that a draw depends on its row alone.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # [R, V]
+    target = uniforms[:, None] * cumulative[:, -1:]  # not 1 exactly, because of rounding
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
+class Cohort:
+    """Answers begun together, a group to each of S prompts; all that are still being written have one length.
+
+    Of each layer the prompts' keys and values exist once, [S, K, P, D]; the rows' own, [2, R, K, width, D],
+    have room for more than the `length` tokens read so far. Rows stand in the order of their prompts.
+    """
+
+    def __init__(self, model, prompts: Sequence[Sequence[int]], group: int, answers: Sequence[int]):
+        """Encode `prompts`; `answers` are the numbers of the answers that the rows write."""
+        self.answers, self.prompt_lengths = list(answers), [len(p) for p in prompts]
+        at_once = 2048 if model.device.type == "cpu" else 16384  # tokens: a processor's cache is small
+        parts = [encode_prompts(model, prompts[chunk]) for chunk in chunks(prompts, at_once)]
+        width = max(self.prompt_lengths)
+        self.keys, self.values = (
+            [torch.cat([F.pad(x, (0, 0, 0, width - x.shape[2])) for x in layer]) for layer in zip(*kept)]
+            for kept in ([part.keys for part in parts], [part.values for part in parts]))
+        self.owner = [p for p in range(len(prompts)) for _ in range(group)]  # [R] each row's prompt
+        self.length, self.device = 0, model.device
+        self.own = [x.new_empty(2, len(self.answers), x.shape[1], 0, x.shape[3]) for x in self.keys]
+        last_hidden = torch.cat([p.last_hidden for p in parts])
+        self.logits = model.lm_head(last_hidden).repeat_interleave(group, 0)  # [R, V] of the next tokens
+        self.tokens: Tensor | None = None  # [R] each row's newest token, not yet read
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Where rows stand when they meet their prompts as [S, G]; G is the largest group still alive."""
+        lengths, width = torch.tensor(self.prompt_lengths), self.keys[0].shape[2]
+        first = {p: r for r, p in reversed([*enumerate(self.owner)])}
+        place = [r - first[p] for r, p in enumerate(self.owner)]  # among the rows of its prompt
+        grid = torch.zeros(len(lengths), max(place) + 1, dtype=torch.long)  # elsewhere row 0, unread
+        grid[self.owner, place] = torch.arange(len(place))
+        self.grid, self.starts = grid.to(self.device), lengths[self.owner].to(self.device)  # [S, G], [R]
+        self.place = torch.tensor(self.owner, device=self.device), torch.tensor(place, device=self.device)
+        self.bias = None  # [S, 1, 1, P], -inf where a prompt has padding
+        if min(self.prompt_lengths) < width:
+            bias = torch.zeros(len(lengths), width).masked_fill_(~token_mask(lengths, width), -torch.inf)
+            self.bias = bias[:, None, None].to(self.device)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on, and the prompts that they read."""
+        alive, all_prompts = sorted({self.owner[r] for r in rows}), len(self.prompt_lengths)
+        index, kept = torch.tensor(rows, device=self.device), torch.tensor(alive, device=self.device)
+        for layer in range(len(self.own)):  # one at a time: all of them twice would be much memory
+            self.own[layer] = self.own[layer][:, index]
+            if len(alive) < all_prompts:
+                self.keys[layer], self.values[layer] = self.keys[layer][kept], self.values[layer][kept]
+        self.owner, self.answers = [alive.index(self.owner[r]) for r in rows], [self.answers[r] for r in rows]
+        self.tokens, self.prompt_lengths = self.tokens[index], [self.prompt_lengths[p] for p in alive]
+        self.arrange()
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention of each row's newest token, [R, H, 1, D] from query so and key, value [R, K, 1, D]."""
+        (R, H, _, D), K = query.shape, key.shape[1]
+        if self.length == self.own[layer].shape[3]:  # full: half as much room again
+            self.own[layer] = F.pad(self.own[layer], (0, 0, 0, max(32, self.length // 2)))
+        self.own[layer][:, :, :, self.length] = torch.stack([key, value])[:, :, :, 0]
+        query = query.view(R, K, H // K, D)
+        own, own_lse = attend_part(query, *self.own[layer][:, :, :, :self.length + 1], scaling)
+        grid = query[self.grid].transpose(1, 2).flatten(2, 3)  # [S, K, G n, D]
+        parts = attend_part(grid, self.keys[layer], self.values[layer], scaling, self.bias)
+        shared, shared_lse = (x.unflatten(2, (-1, H // K)).transpose(1, 2)[self.place] for x in parts)
+        return torch.lerp(own, shared, torch.sigmoid(shared_lse - own_lse)).to(value.dtype).view(R, H, 1, D)
+
+
+def read_tokens(model, cohorts: Sequence[Cohort]) -> None:
+    """Let the model read each row's newest token, which gives the logits of its next one.
+
+    One forward pass for all cohorts, in which only attention is a cohort's own. So a young row reads the few
+    places that it has filled, not as many as the oldest row has.
+    """
+    rows = [len(cohort.answers) for cohort in cohorts]
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        parts = zip(cohorts, query.split(rows), key.split(rows), value.split(rows))
+        return torch.cat([cohort.attend(layer, q, k, v, scaling) for cohort, q, k, v in parts])
+
+    tokens = torch.cat([cohort.tokens for cohort in cohorts])[:, None]  # [R, 1], R of all cohorts together
+    positions = torch.cat([cohort.starts + cohort.length for cohort in cohorts])[:, None]
+    logits = model.lm_head(forward(model, tokens, positions, attend)[:, 0])  # [R, V]
+    for cohort, part in zip(cohorts, logits.split(rows)):
+        cohort.logits, cohort.length = part, cohort.length + 1
+
+
+@torch.inference_mode()
+def sample(model, prompts: Sequence[Sequence[int]], group: int = 1, max_new_tokens: int = 2048,
+           temperature: float = 1.0, stop_ids: Sequence[int] = (), seed: int = 0, max_rows: int = 128,
+           progress: Callable[[int], None] | None = None) -> list[list[Completion]]:
+    """Draw `group` answers to each prompt. Returns one list of completions per prompt, in the prompts' order.
+
+    Each prompt is encoded once for its whole group. Rows that have ended leave, and when a quarter of the
+    rows is free the next prompts come in: up to `max_rows` answers are written at any time. The same seed
+    gives the same tokens whatever `max_rows` is (up to rounding). `progress` is called with the number of
+    answers just ended.
+    """
+    total, begun, cohorts = len(prompts) * group, 0, []
+    numbers, generator = max_new_tokens if temperature else 1, torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(total, numbers, generator=generator).to(model.device)  # one a token of each answer
+    answers = [Completion([], False) for _ in range(total)]  # answer a belongs to prompt a // group
+    most = max(group, min(max_rows, total))
+    while begun < len(prompts) or cohorts:
+        free = most - sum(len(cohort.answers) for cohort in cohorts)
+        if begun < len(prompts) and free >= max(group, most // 4):
+            end = min(begun + free // group, len(prompts))
+            written = [Cohort(model, prompts[begun:end], group, range(begun * group, end * group))]
+            cohorts, begun = cohorts + written, end
+        else:
+            read_tokens(model, cohorts)
+            written = cohorts
+        for cohort in written:
+            drawn = uniforms[cohort.answers, cohort.length if temperature else 0]
+            cohort.tokens = pick_tokens(cohort.logits, temperature, drawn)
+            for a, token in zip(cohort.answers, cohort.tokens.tolist()):
+                if not answers[a].finished:
+                    answers[a].ids.append(token)
+                    answers[a].finished = token in stop_ids
+            going = [r for r, a in enumerate(cohort.answers)
+                     if not answers[a].finished and len(answers[a].ids) < max_new_tokens]
+            ended = len(cohort.answers) - len(going)
+            if 8 * ended >= len(cohort.answers):  # not each alone: the others' caches are copied
+                if going:
+                    cohort.keep(going)
+                else:
+                    cohorts = [other for other in cohorts if other is not cohort]
+                if progress:
+                    progress(ended)
+    return [answers[p * group:(p + 1) * group] for p in range(len(prompts))]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Log-probabilities of sampled answers, and their gradients
+
+
+@dataclasses.dataclass
+class Microbatch:
+    """Some answers, numbered `rows` [R]: logps and entropy [R, T] (0 at padding), lengths [R]."""
+
+    rows: Tensor
+    logps: Tensor
+    entropy: Tensor
+    lengths: Tensor
+
+
+def microbatches(model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+                 groups: Sequence[int] | None = None, temperature: float = 1.0, answer_tokens: int = 8192,
+                 prompt_tokens: int = 8192, checkpointing: bool = False) -> Iterator[Microbatch]:
+    """All answers, at most `answer_tokens` padded tokens at a time; with gradients, if they are enabled:
+
+        for batch in microbatches(model, prompts, answers):
+            loss_of(batch).backward()  # goes on through a prompt when all its answers have been here
+
+    `answers` is flat: len(prompts) groups of equal size, one after the other; `groups` are the numbers of
+    those to visit (default: all). A prompt is encoded once, with its graph; its keys, values and last hidden
+    state are cut off as leaves. Micro-batches add up gradients there, and one backward pass carries the sums
+    through the prompt. So a micro-batch's size changes the memory, not the result (but for bfloat16 sums).
+    """
+    groups, G = range(len(prompts)) if groups is None else groups, len(answers) // max(1, len(prompts))
+    for chunk in chunks([prompts[g] for g in groups], prompt_tokens):
+        encoded = encode_prompts(model, [prompts[g] for g in groups[chunk]], checkpointing)
+        outputs, layers = [*encoded.keys, *encoded.values, encoded.last_hidden], len(encoded.keys)
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
+        cut = EncodedPrompts(leaves[:layers], leaves[layers:-1], encoded.lengths, leaves[-1])
+        # (prompt, row) of each answer. Those of like length share a micro-batch, which leaves little padding.
+        waiting = [(s, g * G + i) for s, g in enumerate(groups[chunk]) for i in range(G)]
+        waiting.sort(key=lambda pair: -len(answers[pair[1]]))
+        while waiting:
+            count = max(1, answer_tokens // len(answers[waiting[0][1]]))
+            (owner, rows), waiting = zip(*sorted(waiting[:count])), waiting[count:]
+            now = answer_logps(model, cut, owner, [answers[r] for r in rows], temperature, checkpointing)
+            yield Microbatch(torch.tensor(rows, device=model.device), *now)
+        reached = [(x, leaf.grad) for x, leaf in zip(outputs, leaves) if leaf.grad is not None]
+        if reached:
+            torch.autograd.backward(*zip(*reached))
+
+
+def answer_logps(model, prompts: EncodedPrompts, owner: Sequence[int], answers: Sequence[Sequence[int]],
+                 temperature: float = 1.0, checkpointing: bool = False,
+                 chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of R answers given their prompts, by a forward pass over the answers alone.
+
+    `owner`, ascending, says which of the S encoded prompts each answer belongs to. Returns logps and entropy
+    [R, T] (0 at padding) and lengths [R]. [R, T, V] never exists: hidden states meet the vocabulary where
+    there is a token, `chunk` tokens at a time, and a chunk's logits are computed again going backward.
+    """
+    ids = padded(answers, model.device)  # [R, T]
+    (R, T), device, lengths = ids.shape, ids.device, torch.tensor([len(a) for a in answers])
+    hidden = prompts.last_hidden[torch.tensor(owner, device=device)][:, None]  # predicts the first token
+    if T > 1:
+        starts, (keys, values) = prompts.lengths[list(owner)], (prompts.keys, prompts.values)
+        parts = [(p, slice(owner.index(p), owner.index(p) + owner.count(p)), int(prompts.lengths[p]))
+                 for p in sorted(set(owner))]
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+            return SharedAttention.apply(query, key, value, keys[layer], values[layer], parts, scaling)
+
+        positions = (starts[:, None] + torch.arange(T - 1)).to(device)
+        hidden = torch.cat([hidden, forward(model, ids[:, :-1], positions, attend, None, checkpointing)], 1)
+    place = token_mask(lengths, T).flatten().nonzero()[:, 0].to(device)  # [N] where a token is, among R T
+    hidden, targets = hidden.flatten(0, 1)[place], ids.flatten()[place]  # [N, hidden], [N]
+    project, elements = project_logps, 2**23 if device.type == "cpu" else 2**27  # 32 MiB, 512 MiB of logits
+    chunk = chunk or max(1, elements // model.lm_head.weight.shape[0])
+    if len(place) > chunk and torch.is_grad_enabled():
+        project = functools.partial(checkpoint, project_logps, use_reentrant=False)
+    pieces = zip(hidden.split(chunk), targets.split(chunk))
+    pieces = [project(h, model.lm_head, t, temperature) for h, t in pieces]
+    logps, entropy = (torch.zeros(R * T, device=device).index_copy(0, place, torch.cat(piece)).view(R, T)
+                      for piece in zip(*pieces))
+    return logps, entropy, lengths.to(device)
+
+
+def project_logps(hidden: Tensor, head, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """[N, hidden] -> each target's log-probability, and the entropy (without gradient): [N] in float32."""
+    logits = head(hidden).float() / temperature
+    normaliser = logits.logsumexp(-1)
+    logps = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+    with torch.no_grad():
+        probs = (logits - normaliser[:, None]).exp_()
+        entropy = normaliser - (probs * logits).sum(-1)
+    return logps, entropy
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+@dataclasses.dataclass
+class Agent:
+    """A causal language model, its tokenizer and the ids that end an answer."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    stop_ids: list[int]
+
+    def __post_init__(self):
+        check_architecture(self.model.config)
+
+    def decode(self, completion: Completion) -> str:
+        """The text of an answer, without the end token."""
+        ids = completion.ids[:-1] if completion.finished else completion.ids
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@torch.no_grad()
+def check_architecture(config) -> None:
+    """InputError unless a model of this configuration computes what `forward` does; else it would be silently
+    wrong.
+
+    Compared on a miniature, two small layers with random weights in float32, so that neither the real weights
+    nor their precision matter: the logits of two tokens, by prompt and by decoding step, against
+    transformers' own.
+    """
+    kind, rope = config.model_type, (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if kind not in ("qwen2", "qwen3", "llama", "mistral") or rope in ("dynamic", "longrope"):
+        raise InputError(f"{kind} with {rope} position embeddings: only Qwen2, Qwen3, Llama and Mistral are "
+                         "supported, with embeddings that do not change with the length of the text")
+    window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or []
+    if window or set(layers) - {"full_attention"}:
+        raise InputError(f"{kind} with sliding windows: only full attention in every layer is supported")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, ids = miniature(config), torch.arange(1, 9)[None]
+        cohort = Cohort(model, ids[:, :-1].tolist(), 1, [0])
+        prefill, cohort.tokens = cohort.logits, ids[:, -1]
+        read_tokens(model, [cohort])
+        ours, theirs = torch.cat([prefill, cohort.logits]), model(input_ids=ids).logits[0, -2:]
+        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+            raise InputError(f"{kind}: its configuration changes the forward pass that model.py writes out")
+
+
+def miniature(config):
+    """A float32 model of the same architecture with two small layers; all weights random, norms and biases
+    too."""
+    config, small = copy.deepcopy(config), {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 48, "layer_types": ["full_attention"] * 2,
+        "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    for name in small:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, small[name])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    for p in model.parameters():
+        p.normal_(0.0 if p.dim() > 1 else 1.0, 0.2)
+    return model
+
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a turn: a base model's own end token is rarely the one its chat template writes."""
+    ids = {tokenizer.eos_token_id}
+    for own in (model.generation_config.eos_token_id, model.config.eos_token_id):
+        ids |= set(own if isinstance(own, list) else [own])
+    marks = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+    return sorted(i for i in ids | {tokenizer.get_vocab().get(mark) for mark in marks} if isinstance(i, int))
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The named device, or the best there is: cuda, mps, cpu."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if device not in ("auto", *here):
+        raise InputError(f"--device {device}: not to be had here; expected auto or {' or '.join(here)}")
+    return torch.device(here[0] if device == "auto" else device)
+
+
+def load_agent(name: str, device: str = "auto", dtype: str = "auto") -> Agent:
+    """Load a model and its tokenizer from a folder or the Hugging Face hub: float32 on a CPU, else bfloat16.
+
+    InputError, in one sentence with what to do, where that fails: no such folder, no network, no chat
+    template.
+    """
+    place = pick_device(device)
+    if dtype == "auto":
+        dtype = "float32" if place.type == "cpu" else "bfloat16"
+    a_path = name.startswith((".", "/", "~")) or Path(name).exists() or name.count("/") != 1
+    if a_path and not (Path(name) / "config.json").is_file():
+        raise InputError(f"--model {name}: no such model folder (one with config.json, as save_pretrained "
+                         "writes it; or pass a hub name like Qwen/Qwen2.5-7B)")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        check_architecture(config)
+        tokenizer = load_tokenizer(name)
+        if not tokenizer.chat_template:
+            raise InputError("its tokenizer has no chat template; use the model's instruct variant, or put a "
+                             "chat_template.jinja into its folder")
+        check_memory(config, getattr(torch, dtype), place)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(place).eval()
+    except InputError as error:
+        raise InputError(f"--model {name}: {error}") from None
+    except torch.OutOfMemoryError:
+        raise InputError(f"--model {name}: too little memory on {place}; use a smaller model") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"--model {name}: cannot be loaded ({reason}); without a network, pass a folder "
+                         "that holds the model, downloaded elsewhere with `hf download`") from None
+    return Agent(model, tokenizer, stop_ids(model, tokenizer))
+
+
+def load_tokenizer(name: str):
+    """The tokenizer a checkpoint declares. AutoTokenizer alone would, for a Qwen2 model, put Qwen's own
+    splitting rules in the place of any other tokenizer.json: a checkpoint of the toy run would then read
+    every word as unknown."""
+    declared = get_tokenizer_config(name).get("tokenizer_class")
+    generic = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name)
+
+
+def check_memory(config, dtype: torch.dtype, device: torch.device) -> None:
+    """InputError where the bare weights are larger than the memory there is (where one can ask for it)."""
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config).num_parameters() * dtype.itemsize
+    free, memory = float("inf"), Path("/proc/meminfo")
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif memory.exists():
+        free = int(memory.read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    if weights > free:
+        needs, has = f"{weights / 2**30:.1f} GiB", f"{free / 2**30:.1f} GiB"
+        raise InputError(f"its weights take {needs} and {device} has {has} free; use a smaller model, or "
+                         "--device cpu")

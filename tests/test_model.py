@@ -1,0 +1,424 @@
+"""The language model: shared prompts, sampling, log-probabilities and their gradients, loading."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import full_logps, random_prompts, relative_error, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as model_module
+from data import InputError
+from grpo import grpo_loss
+from model import (Agent, Cohort, PromptAttention, SharedAttention, attend_part, check_architecture, chunks,
+                   encode_prompts, forward, load_agent, microbatches, pick_device, pick_tokens, project_logps,
+                   read_tokens, sample)
+from rearank import encode_prompt
+
+# --- sampling
+
+
+def plain_sample(model, prompt, uniforms, temperature, stop):
+    """The sampler without any trick: a full forward pass for every token."""
+    written = []
+    for u in uniforms:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + written])).logits[:, -1]
+        written.append(int(pick_tokens(logits, temperature, u[None])))
+        if written[-1] in stop:
+            break
+    return written
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
+def test_cached_sampling_draws_the_tokens_of_a_full_forward_sampler(model, temperature):
+    prompts, group, length, stop = random_prompts(13, 40, 27, 9), 3, 25, [3, 5, 7, 11]
+    answers = sample(model, prompts, group, length, temperature, stop, seed=5)
+    uniforms = torch.rand(len(prompts) * group, length, generator=torch.Generator().manual_seed(5))
+    for p, prompt in enumerate(prompts):
+        for g in range(group):
+            wanted = plain_sample(model, prompt, uniforms[p * group + g], temperature, stop)
+            assert answers[p][g].ids == wanted
+            assert answers[p][g].finished == (wanted[-1] in stop)
+    if temperature:
+        assert {len(c.ids) for row in answers for c in row} > {length}  # some ended early, some were cut
+
+
+@pytest.mark.parametrize("max_rows", [1, 4, 6, 8, 12, 1000])
+def test_dropping_finished_rows_and_taking_in_new_prompts_changes_no_token(model, max_rows):
+    prompts = random_prompts(13, 40, 27, 9, 22)
+    together = sample(model, prompts, 4, 30, 1.0, [3, 5, 7, 11], seed=1, max_rows=20)
+    assert sample(model, prompts, 4, 30, 1.0, [3, 5, 7, 11], seed=1, max_rows=max_rows) == together
+
+
+def test_encoding_prompts_in_several_passes_changes_no_token(model, monkeypatch):
+    prompts = random_prompts(13, 40, 27, 9, 22)
+    together = sample(model, prompts, 4, 30, 1.0, [3], seed=1)
+    monkeypatch.setattr(model_module, "chunks", lambda prompts, tokens: chunks(prompts, 30))
+    assert sample(model, prompts, 4, 30, 1.0, [3], seed=1) == together
+
+
+def test_the_answers_room_grows_as_often_as_it_must(model):
+    prompts = random_prompts(13, 22)
+    # More than the 32, 64 and 96 places it begins with.
+    answers = sample(model, prompts, 2, 130, 1.0, [], seed=1)
+    uniforms = torch.rand(4, 130, generator=torch.Generator().manual_seed(1))
+    assert answers[1][1].ids == plain_sample(model, prompts[1], uniforms[3], 1.0, [])
+
+
+def test_cached_decoding_equals_a_full_forward(model):
+    prompts, answer = random_prompts(17, 30), random_prompts(12, seed=9)[0]
+    with torch.no_grad():
+        cohort, steps = Cohort(model, prompts, 2, range(4)), []
+        for token in answer:
+            cohort.tokens = torch.full((4,), token)
+            read_tokens(model, [cohort])
+            steps.append(cohort.logits[[0, 1, 2]])  # [R, V] each
+    for row, prompt in enumerate([prompts[0], prompts[0], prompts[1]]):
+        with torch.no_grad():
+            full = model(torch.tensor([prompt + answer])).logits[0, len(prompt):]
+        torch.testing.assert_close(torch.stack([s[row] for s in steps]), full, atol=1e-5, rtol=0)
+
+
+def test_a_prompt_encoded_once_and_shared_equals_the_prompt_repeated(model):
+    prompt = random_prompts(21)[0]
+    once = sample(model, [prompt], 4, 20, 1.0, [3], seed=2)[0]
+    repeated = sample(model, [prompt] * 4, 1, 20, 1.0, [3], seed=2)
+    assert once == [row[0] for row in repeated]
+
+
+def test_right_padding_changes_nothing_for_the_shorter_prompt(model):
+    short, long = random_prompts(8, 50)
+    with torch.no_grad():
+        alone, padded = encode_prompts(model, [short]), encode_prompts(model, [long, short])
+    torch.testing.assert_close(padded.last_hidden[1], alone.last_hidden[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(padded.keys[1][1, :, :8], alone.keys[1][0], atol=1e-5, rtol=0)
+    assert padded.lengths.tolist() == [50, 8]
+
+
+def test_sampling_follows_the_distribution():
+    logits, uniforms = torch.tensor([[0.0, 1.0, 2.0, -30.0]]).expand(20000, 4), torch.rand(20000)
+    for temperature in (1.0, 0.5):
+        drawn = torch.bincount(pick_tokens(logits, temperature, uniforms), minlength=4) / 20000
+        torch.testing.assert_close(drawn, (logits[0] / temperature).softmax(0), atol=0.02, rtol=0)
+    # No impossible token, at the very edge.
+    assert pick_tokens(logits[:1], 1.0, torch.tensor([0.9999999])).item() < 3
+
+
+def test_progress_counts_every_answer_once(model):
+    ended = []
+    sample(model, random_prompts(13, 40, 27), 5, 20, 1.0, [3, 5, 7, 11], max_rows=10, progress=ended.append)
+    assert sum(ended) == 15 and len(ended) > 2
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations that make a GPU's host wait for a value."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waiting = func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += waiting
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_decoding_step_never_waits_for_a_value(model):
+    with torch.no_grad():
+        cohorts = [Cohort(model, random_prompts(*lengths), 2, range(2 * len(lengths)))
+                   for lengths in ((13, 20), (9,))]
+        for cohort in cohorts:
+            cohort.tokens = cohort.logits.argmax(-1)
+        with Waits() as waits:
+            for _ in range(2):
+                read_tokens(model, cohorts)
+    assert waits.count == 0
+
+
+def test_rows_begun_later_read_no_places_that_only_older_rows_have_filled(model):
+    with torch.no_grad():
+        old, young = (Cohort(model, random_prompts(13), 2, [0, 1]) for _ in range(2))
+        old.tokens = young.tokens = torch.tensor([5, 6])
+        for _ in range(50):
+            read_tokens(model, [old])
+        read_tokens(model, [old, young])
+    assert (old.length, young.length) == (51, 1) and young.own[0].shape[3] == 32 < old.own[0].shape[3]
+
+
+# --- attention joined from two parts
+
+
+def test_a_prompt_is_never_attended_to_by_cudnns_kernel():
+    """It gave NaN gradients on Hopper cards (pytorch issue 196678)."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_decoding_in_bfloat16_keeps_its_scores_in_float32():
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(1, 1, 4, 64), torch.randn(1, 1, 300, 64), torch.randn(1, 1, 300, 64)
+    keys += 20  # a bias all keys share: large scores
+    query, keys, values = (x.bfloat16() for x in (query.abs(), keys, values))
+    exact = F.scaled_dot_product_attention(query.double(), keys.double(), values.double())
+    out, _ = attend_part(query, keys, values, 64**-0.5)
+    assert (out - exact).norm() < 0.01 * exact.norm()
+
+
+def shared_attention_problem(dtype=torch.float64):
+    """Prompts of 7 and 4 tokens (padded to 7), answers 0-2 and 3-4 of 5; 4 heads over 2 key-value heads."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (5, 4, 5, 8), (5, 2, 5, 8), (5, 2, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8)
+    tensors = [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
+    return tensors, [(0, slice(0, 3), 7), (1, slice(3, 5), 4)]
+
+
+def plain_attention(query, key, value, prompt_keys, prompt_values, parts, scaling):
+    """Each answer by itself: one softmax over its own copy of the prompt's keys and its own."""
+    outputs = []
+    for prompt, rows, length in parts:
+        for r in range(rows.start, rows.stop):
+            # [H, length + T, D] each
+            keys, values = (torch.cat([shared[prompt, :, :length], own[r]], 1).repeat_interleave(2, 0)
+                            for shared, own in ((prompt_keys, key), (prompt_values, value)))
+            mask = torch.ones(5, length + 5, dtype=torch.bool).tril(length)
+            scores = (query[r] @ keys.transpose(1, 2) * scaling).masked_fill(~mask, -torch.inf)
+            outputs.append(scores.softmax(-1) @ values)
+    return torch.stack(outputs)
+
+
+def test_attention_in_two_parts_and_its_gradients_are_those_of_one_softmax():
+    tensors, parts = shared_attention_problem(torch.float32)
+    ours = SharedAttention.apply(*tensors, parts, 0.3)
+    torch.testing.assert_close(ours, plain_attention(*tensors, parts, 0.3), atol=1e-6, rtol=1e-5)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    got = torch.autograd.grad((ours * weights).sum(), tensors)
+    wanted = torch.autograd.grad((plain_attention(*tensors, parts, 0.3) * weights).sum(), tensors)
+    assert relative_error(got, wanted) < 2e-6
+    assert not got[3][1, :, 4:].any()  # a prompt's padding has no gradient
+
+
+def test_half_precision_weights_sum_to_one_in_the_backward_pass():
+    """Else every value's gradient is off: summed over all values, sum P * grad must be the sum of grad."""
+    (query, key, value, keys, values), parts = shared_attention_problem(torch.bfloat16)
+    out = SharedAttention.apply(query * 4, key + 5, value, keys + 5, values, parts, 1.0)
+    grad = torch.ones_like(out)
+    dvalue, dvalues = torch.autograd.grad(out, (value, values), grad)
+    total = dvalue.float().sum() + dvalues.float().sum()
+    assert total.item() == pytest.approx(grad.sum().item(), rel=0.01)
+
+
+# --- log-probabilities and gradients
+
+
+def collected(model, prompts, answers, **sizes) -> torch.Tensor:
+    logps = torch.zeros(len(answers), max(map(len, answers)))
+    with torch.no_grad():
+        for batch in microbatches(model, prompts, answers, **sizes):
+            logps[batch.rows, :batch.logps.shape[1]] = batch.logps
+    return logps
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probabilities_through_a_shared_prompt_equal_a_full_forward(model, temperature):
+    prompts, answers = random_prompts(11, 25), random_prompts(1, 7, 4, 12, 2, 9, seed=1)
+    logps = collected(model, prompts, answers, temperature=temperature, answer_tokens=20)
+    for row, answer in enumerate(answers):
+        with torch.no_grad():
+            wanted = full_logps(model, prompts[row // 3], answer, temperature)
+        torch.testing.assert_close(logps[row, :len(answer)], wanted, atol=1e-5, rtol=0)
+        assert not logps[row, len(answer):].any()
+
+
+def problem():
+    prompts, answers = random_prompts(14, 30, 8), random_prompts(3, 9, 1, 6, 12, 5, 2, 8, 10, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    advantages, ref = torch.randn(9, generator=generator), torch.randn(9, 12, generator=generator) - 4
+    return prompts, answers, advantages, ref, 0.3
+
+
+def naive_gradients(model, prompts, answers, advantages, ref, beta) -> list[torch.Tensor]:
+    """Every answer with its own copy of the prompt, one plain forward pass each."""
+    model, losses = copy.deepcopy(model), []
+    for row, answer in enumerate(answers):
+        logps = full_logps(model, prompts[row // 3], answer)[None]
+        own = ref[row:row + 1, :len(answer)], advantages[row:row + 1], torch.tensor([len(answer)])
+        losses.append(grpo_loss(logps, *own, beta))
+    torch.stack(losses).mean().backward()
+    return [p.grad for p in model.parameters()]
+
+
+def shared_gradients(model, prompts, answers, advantages, ref, beta, **sizes) -> list[torch.Tensor]:
+    model = copy.deepcopy(model)
+    for batch in microbatches(model, prompts, answers, **sizes):
+        rows, width = batch.logps.shape
+        loss = grpo_loss(batch.logps, ref[batch.rows, :width], advantages[batch.rows], batch.lengths, beta)
+        (loss * rows / len(answers)).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"kind": "qwen3", "head_dim": 32},
+                                     {"kind": "llama", "num_key_value_heads": 4}])
+def test_gradients_through_a_shared_prompt_equal_those_of_the_repeated_prompt(changes):
+    model = tiny_model(**changes)
+    assert relative_error(shared_gradients(model, *problem()), naive_gradients(model, *problem())) <= 1e-5
+
+
+@pytest.mark.parametrize("sizes", [{"answer_tokens": 1}, {"answer_tokens": 20}, {"prompt_tokens": 1},
+                                   {"prompt_tokens": 60, "answer_tokens": 30}, {"checkpointing": True}])
+def test_the_gradient_does_not_depend_on_how_the_work_is_cut(model, sizes):
+    cut = shared_gradients(model, *problem(), **sizes)
+    assert relative_error(cut, shared_gradients(model, *problem())) <= 1e-5
+
+
+def test_projecting_in_chunks_changes_no_gradient(model, monkeypatch):
+    plain, whole = shared_gradients(model, *problem()), model_module.answer_logps
+    monkeypatch.setattr(model_module, "answer_logps", lambda *arguments: whole(*arguments, chunk=3))
+    assert relative_error(shared_gradients(model, *problem()), plain) <= 1e-5
+
+
+def test_only_the_groups_asked_for_are_visited_and_rows_keep_their_numbers(model):
+    prompts, answers, *_ = problem()
+    rows = [r for batch in microbatches(model, prompts, answers, groups=[0, 2], answer_tokens=20)
+            for r in batch.rows.tolist()]
+    assert sorted(rows) == [0, 1, 2, 6, 7, 8]
+
+
+def test_bfloat16_gradients_point_where_float32_ones_do(model):
+    halves = shared_gradients(copy.deepcopy(model).to(torch.bfloat16), *problem())
+    for got, wanted in zip(halves, shared_gradients(model, *problem()), strict=True):
+        assert F.cosine_similarity(got.float().flatten(), wanted.flatten(), 0) > 0.99
+
+
+def test_a_checkpointed_prompt_keeps_no_second_graph_alive(model):
+    """The backward pass computes each layer again; the keys it then sees would hold the whole graph."""
+    ids, attention = torch.tensor(random_prompts(20)), PromptAttention(torch.tensor([20]))
+    hidden = forward(model, ids, torch.arange(20)[None], attention.attend, checkpointing=True)
+    first = dict(attention.keys)
+    hidden.sum().backward()
+    assert len(first) == 2 and all(attention.keys[layer] is key for layer, key in first.items())
+
+
+def test_the_end_token_has_a_gradient_where_pad_and_end_are_one_token(model):
+    assert model.config.pad_token_id == model.config.eos_token_id == 3
+    prompt, answer = random_prompts(9)[0], [*random_prompts(4, seed=1)[0], 3]
+    for batch in microbatches(model, [prompt], [answer]):
+        (-batch.logps[0, 4]).backward()  # of the end token alone
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    (-full_logps(model, prompt, answer)[4]).backward()
+    assert relative_error(got, [p.grad for p in model.parameters()]) <= 1e-5
+
+
+def test_entropy_is_that_of_the_distribution():
+    hidden, head = torch.randn(5, 8), torch.nn.Linear(8, 30)
+    for temperature in (1.0, 0.6):
+        logps = (head(hidden) / temperature).log_softmax(-1)
+        entropy = project_logps(hidden, head, torch.zeros(5, dtype=torch.long), temperature)[1]
+        torch.testing.assert_close(entropy, -(logps.exp() * logps).sum(-1))
+
+
+# --- which models
+
+
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}}
+LLAMA3 = {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                              "high_freq_factor": 4.0, "original_max_position_embeddings": 256,
+                              "rope_theta": 5e5}}
+
+
+@pytest.mark.parametrize("changes", [
+    {"kind": "qwen2"}, {"kind": "qwen3", "head_dim": 32}, {"kind": "llama"}, {"kind": "llama", **LINEAR},
+    {"kind": "llama", **LLAMA3}, {"kind": "mistral", "sliding_window": None}])
+def test_the_forward_pass_written_out_is_that_of_the_model(changes):
+    model, (prompt,) = tiny_model(**changes), random_prompts(21)
+    check_architecture(model.config)
+    with torch.no_grad():
+        # Random weights leave the norms at 1 and the biases at 0: they must count too.
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn(p.shape) * 0.1)
+    uniforms = torch.rand(1, 15, generator=torch.Generator().manual_seed(0))
+    wanted = plain_sample(model, prompt, uniforms[0], 1.0, [])
+    assert sample(model, [prompt], 1, 15, 1.0, [], seed=0)[0][0].ids == wanted
+
+
+@pytest.mark.parametrize("changes", [{"kind": "gemma", "head_dim": 16}, {"kind": "olmo2"}, {"kind": "phi3"},
+                                     {"kind": "granite", "logits_scaling": 8.0}, {"kind": "smollm3"}])
+def test_a_model_whose_forward_pass_is_another_is_refused_and_not_wrong(changes):
+    with pytest.raises(InputError, match="only Qwen2, Qwen3, Llama and Mistral"):
+        Agent(tiny_model(**changes), None, [])
+
+
+def test_a_setting_that_changes_the_forward_pass_is_noticed_whatever_the_weights(model, monkeypatch):
+    """The weights are never looked at: bfloat16, or weights as large as real ones, make no difference."""
+    check_architecture(model.to(torch.bfloat16).config)
+    rotate = model_module.rotate
+    monkeypatch.setattr(model_module, "rotate", lambda x, cos, sin: rotate(x, cos * 1.1, sin))
+    with pytest.raises(InputError, match="changes the forward pass"):
+        check_architecture(model.config)
+
+
+def test_the_check_of_the_architecture_draws_no_random_numbers_of_ours(model):
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    check_architecture(model.config)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_position_embeddings_that_change_with_the_length_are_refused():
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(InputError, match="dynamic position embeddings"):
+        Agent(tiny_model(rope_parameters=dynamic), None, [])
+
+
+def test_a_model_with_sliding_attention_is_refused():
+    with pytest.raises(InputError, match="full attention"):
+        Agent(tiny_model(use_sliding_window=True, sliding_window=16, max_window_layers=1), None, [])
+
+
+# --- loading
+
+
+def test_every_end_of_turn_token_ends_an_answer(toy):
+    toy.model.generation_config.eos_token_id = [0]
+    assert model_module.stop_ids(toy.model, toy.tokenizer) == [0, 1]  # the config's and the tokenizer's
+
+
+def test_a_folder_written_by_save_pretrained_loads_and_answers_alike(toy, tmp_path):
+    toy.model.save_pretrained(tmp_path / "m")
+    toy.tokenizer.save_pretrained(tmp_path / "m")
+    again = load_agent(str(tmp_path / "m"), device="cpu")
+    prompt = [encode_prompt(toy.tokenizer, "rain", ["bread", "oak"], "toy")]
+    assert [encode_prompt(again.tokenizer, "rain", ["bread", "oak"], "toy")] == prompt
+    answers = sample(again.model, prompt, 2, 10, 1.0, again.stop_ids)
+    assert answers == sample(toy.model, prompt, 2, 10, 1.0, toy.stop_ids)
+    assert load_agent(str(tmp_path / "m"), "cpu", "bfloat16").model.dtype == torch.bfloat16
+
+
+def test_a_model_that_cannot_be_used_is_refused_in_one_sentence(toy, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no such model folder"):
+        load_agent(str(tmp_path / "nowhere"))
+    toy.model.save_pretrained(tmp_path / "m")
+    toy.tokenizer.chat_template = None
+    toy.tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match="--model .*no chat template"):
+        load_agent(str(tmp_path / "m"), device="cpu")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="cannot be loaded") as refused:
+        load_agent("nobody/there-is-no-such-model")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(toy):
+    config = toy.model.config
+    config.num_hidden_layers, config.layer_types = 4, ["full_attention"] * 4
+    config.intermediate_size = 2**40 // 64
+    with pytest.raises(InputError, match="weights take .* GiB"):
+        model_module.check_memory(config, torch.float32, torch.device("cpu"))
+
+
+def test_a_device_that_is_not_there_is_named_with_those_that_are():
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="--device cuda: not to be had here; expected auto or .*cpu"):
+            pick_device("cuda")
+    assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cuda", "mps", "cpu")
