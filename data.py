@@ -11,15 +11,11 @@ file, line, what was expected); what is written appears whole or not at all.
 Where we depart from the paper, or had to choose:
 - Expansion (section 3.2): the text contradicts itself (179 queries x 50 draws are fewer than its 12k
   instances; the filter is on the initial NDCG@10 in section 4.1, on the best possible one in Table 3). The
-  defaults are those of the authors' public notebook: 100 draws of 20, kept in retrieval order, an initial
-  NDCG@10 of at least 0.1 with the ideal over all judgements, and something to gain. The text's variant is
+  defaults are those of the authors' public notebook; the text's variant is
   `--draws 50 --order shuffled --keep best`.
 - Training data: the passages of DL23, a third of the paper's queries, have no public file. So it is either
   the authors' own windows (rearank_12k) or what DL21 and DL22 give. Passages stay whole; prompts cut them.
 - BRIGHT (section 4): excluded documents leave the candidates before the cut to 100, never the judgements.
-
-No data comes with the code. MS MARCO's passages (dl19 to dl22, rearank_12k) are for non-commercial research
-only, TREC's judgements are NIST's, BRIGHT is CC BY 4.0, and each BEIR set has terms of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +25,7 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -36,7 +33,9 @@ import random
 import re
 import shutil
 import signal
+import string
 import sys
+import tarfile
 import time
 import zlib
 from collections import Counter
@@ -45,7 +44,8 @@ from pathlib import Path
 
 from reward import ndcg
 
-# ---- Shared by every script: bad input, the command line, files --------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Shared by every script: bad input, the command line, files
 
 
 class InputError(ValueError):
@@ -68,28 +68,25 @@ def command_line(settings: type, argv: list[str] | None = None, description: str
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.print_usage = lambda file=None: None  # an error is one line; --help has the rest
-    fields = dataclasses.fields(settings)
-    for field in fields:
-        options = dict(field.metadata)
-        options.pop("least", None)
-        flags, positional = options.pop("flags", ()), options.pop("positional", False)
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        kind = getattr(field.type, "__name__", str(field.type)).replace("| None", "").strip()
-        if kind == "bool":
+    defaults, least = vars(settings()), {}
+    for field in dataclasses.fields(settings):
+        options, default = dict(field.metadata), defaults[field.name]
+        name = "--" + field.name.replace("_", "-")
+        names = [field.name] if options.pop("positional", False) else [*options.pop("flags", ()), name]
+        least[field.name] = options.pop("least", None)
+        if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif "action" not in options:
-            options.setdefault("type", {"int": int, "float": float}.get(kind, str))
-        if not positional and default not in (None, "", (), []) and default is not False:
+        elif isinstance(default, (int, float)):
+            options["type"] = type(default)
+        if default not in ("", [], None) and default is not False:
             options["help"] += f" (default: {default})"
         options["help"] = options["help"].replace("%", "%%")
-        names = [field.name] if positional else [*flags, "--" + field.name.replace("_", "-")]
         parser.add_argument(*names, default=default, **options)
     values = vars(parser.parse_intermixed_args(argv))  # options may stand between positional arguments
-    for field in fields:
-        least, value = field.metadata.get("least"), values[field.name]
-        if least is not None and value < least:
-            name = field.name.replace("_", "-")
-            parser.error(f"argument --{name}: expected at least {least}, found {value}")
+    for name, bound in least.items():
+        if bound is not None and values[name] < bound:
+            option = "--" + name.replace("_", "-")
+            parser.error(f"argument {option}: expected at least {bound}, found {values[name]}")
     return settings(**values)
 
 
@@ -102,29 +99,22 @@ def run_main(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (InputError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def one_line(error: Exception) -> str:
-    """What an error says, in one line; for one of the operating system "file: reason"."""
-    named = getattr(error, "filename", None) and getattr(error, "strerror", None)
-    return f"{error.filename}: {error.strerror}" if named else " ".join(str(error).split())
-
-
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
     """Open `path` to write text ("w": UTF-8, "\\n" line ends) or bytes ("wb"); a name in .gz is compressed.
-
     It appears whole or not at all: a file beside it is renamed at the end. Missing folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    text = {} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"}
+    text = {} if mode == "wb" else {"encoding": UTF8[0], "errors": UTF8[1], "newline": "\n"}
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(part, "wb" if mode == "wb" else "wt", **text) as file:
@@ -175,35 +165,27 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
             yield where, value
 
 
-# ---- TREC qrels and runs -----------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# TREC qrels and runs
 
+UTF8 = ("utf-8", "surrogateescape")  # ids are bytes: what is not UTF-8 becomes surrogates, and itself again
 TREC_FORMATS = {  # fields, the value's place, its type and how far from 0 it may be
     "qrels": ("qid iter docid label", 3, int, 2**63 - 1),
     "run": ("qid Q0 docid rank score tag", 4, float, math.inf)}
 
 
-def encode(text: str) -> bytes:
-    """UTF-8; what `decode` could not read becomes the bytes that it was."""
-    return text.encode("utf-8", "surrogateescape")
-
-
-def decode(content: bytes) -> str:
-    """UTF-8, as ids in TREC files should be; bytes that are not are kept as surrogates."""
-    return content.decode("utf-8", "surrogateescape")
-
-
 def trec_id(docid: str) -> str:
     """`docid` as TREC files can hold it: ASCII white space inside becomes `_` (BRIGHT has such ids)."""
-    return decode(b"_".join(encode(docid).split()))
+    return re.sub(r"\s+", "_", docid.strip(string.whitespace), flags=re.ASCII)
 
 
 def read_trec(path: str | Path, kind: str, as_text: bool = False) -> dict:
     """{qid: {docid: value}} of "qrels" or a "run" (.gz too), in the file's order; labels int, scores float.
 
     As trec_eval reads them: ids are bytes, fields stand between ASCII white space, `#` lines are skipped,
-    blank lines only in runs, a run's fields after the sixth are ignored. `as_text`: ids are strings, and
-    fields too many mean a docid with spaces, which become `_`. InputError names the line that has the wrong
-    width, no number for a value (trec_eval takes it for 0), or a document that came before for its query.
+    blank lines only in runs, a run's fields after the sixth are ignored. InputError names the line that has
+    the wrong width, no number for a value (trec_eval takes it for 0), or a document that came before.
+    `as_text`: ids are strings, and fields too many mean a docid with spaces, which become `_`.
     """
     form, place, number, limit = TREC_FORMATS[kind]
     width, hash_sign, underscore = len(form.split()), *b"#_"  # `35 in text` is faster than `b"#" in`
@@ -215,10 +197,10 @@ def read_trec(path: str | Path, kind: str, as_text: bool = False) -> dict:
             if len(fields) != width or fields[0][0] == hash_sign:
                 if fields and fields[0][0] == hash_sign or kind == "run" and not fields:
                     continue
-                if as_text and len(fields) > width:  # split from both ends: what remains is the docid
-                    last = len(fields) - (width - 3)
-                    fields[2:last] = [b"_".join(fields[2:last])]
-                elif len(fields) < width or kind == "qrels":
+                spare = len(fields) - width
+                if spare > 0 and as_text:
+                    fields[2:3 + spare] = [b"_".join(fields[2:3 + spare])]
+                elif spare < 0 or kind == "qrels":
                     break
             qid, docid, text = fields[0], fields[2], fields[place]
             if qid != newest:  # one look-up for each query and not for each line
@@ -233,8 +215,9 @@ def read_trec(path: str | Path, kind: str, as_text: bool = False) -> dict:
             row[docid] = value
         else:
             if table:
-                return table if not as_text else {decode(qid): {decode(docid): row[docid] for docid in row}
-                                                  for qid, row in table.items()}
+                return table if not as_text else {
+                    qid.decode(*UTF8): {docid.decode(*UTF8): value for docid, value in row.items()}
+                    for qid, row in table.items()}
     found = line.decode("utf-8", "replace")
     raise InputError(f"{path}:{n}: expected `{form}`, each document once for a query, found {found!r:.80}")
 
@@ -254,10 +237,10 @@ def write_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None
     Docids are written as trec_id gives them. InputError: see check_run.
     """
     check_run(path, ranking, tag)
-    with atomic_write(path, "wb") as file:
+    with atomic_write(path) as file:
         for qid, docids in ranking.items():
             for rank, docid in enumerate(docids, 1):
-                file.write(encode(f"{qid} Q0 {trec_id(docid)} {rank} {len(docids) - rank} {tag}\n"))
+                file.write(f"{qid} Q0 {trec_id(docid)} {rank} {len(docids) - rank} {tag}\n")
 
 
 def check_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None:
@@ -266,10 +249,10 @@ def check_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None
         raise InputError(f"{path}: is a folder; expected the name of a run file to write")
     for qid, docids in ranking.items():
         names = [trec_id(docid) for docid in docids]
-        for name in (qid, tag, *names):
-            if not re.fullmatch(r"[^\s\0]+", name, re.ASCII) or qid.startswith("#"):
-                raise InputError(f"{path}: expected ids and a tag without white space, and no # before a "
-                                 f"query's, found {name!r}")
+        bad = [name for name in (qid, tag, *names) if not re.fullmatch(r"[^\s\0]+", name, re.ASCII)]
+        if bad or qid.startswith("#"):
+            raise InputError(f"{path}: expected ids and a tag without white space, and no # before a "
+                             f"query's, found {(bad or [qid])[0]!r}")
         if len(set(names)) < len(names):
             twice = max(names, key=names.count)
             raise InputError(f"{path}: query {qid} has two documents {twice!r} (white space becomes _)")
@@ -277,13 +260,14 @@ def check_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None
 
 def write_qrels(path: str | Path, qrels: dict[str, dict[str, int]]) -> None:
     """Write {qid: {docid: label}} as TREC judgements."""
-    with atomic_write(path, "wb") as file:
+    with atomic_write(path) as file:
         for qid, labels in qrels.items():
             for docid, label in labels.items():
-                file.write(encode(f"{qid} 0 {trec_id(docid)} {label}\n"))
+                file.write(f"{qid} 0 {trec_id(docid)} {label}\n")
 
 
-# ---- First-stage candidates --------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# First-stage candidates
 
 TEXT_FIELDS = ("contents", "content", "text", "segment", "passage", "body")  # where a passage's text may be
 
@@ -341,8 +325,7 @@ def read_candidates(path: str | Path) -> list[Candidates]:
     rank_llm           {"query": {"text", "qid"}, "candidates": [{"docid", "score", "doc": {"contents"}}]}
     RankGPT, REARANK   {"query", "hits": [{"content", "qid", "docid", "score"}]}
     Rankify            {"question", "query_id", "ctxs": [{"id", "title", "text", "score"}]}
-    (The last is what Rankify's own loader reads; we have not opened one of its files.) InputError names file
-    and line or record where a field is missing or of the wrong type, a passage or a query is there twice.
+    (The last is what Rankify's own loader reads; we have not opened one of its files.)
     """
     queries: dict[str, Candidates] = {}
     for where, record in read_records(path):
@@ -365,7 +348,8 @@ def write_candidates(path: str | Path, candidates: Iterable[Candidates]) -> None
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-# ---- Initial state expansion (paper section 3.2) -----------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Initial state expansion (paper section 3.2)
 
 STAGES = {  # as the authors' notebook counts them; on DL21 + DL22 + DL23: 211, 179, 17900, 13312, 12603
     "judged": "queries with candidates and judgements",
@@ -387,6 +371,9 @@ class Instance:
     labels: list[int]
     ideal: list[int]
 
+    def json(self) -> str:
+        return json.dumps(vars(self), ensure_ascii=False) + "\n"
+
 
 def _labels(query: Candidates, judged: dict[str, int]) -> list[int]:
     """The labels of a list's passages; without a judgement, or below 0: not relevant."""
@@ -402,12 +389,10 @@ def expand(candidates: list[Candidates], qrels: dict[str, dict[str, int]], draws
     `order`: a draw stays in "retrieval" order or is "shuffled". `keep`: draws whose "initial" NDCG@10 is at
     least `min_ndcg` and that have something to gain, whose "best" possible one is, or "all". A list of at
     most `size` passages gives one draw, the whole list. `counts` receives how many passed each of STAGES.
-    InputError where a setting makes no sense.
     """
     known = order in ("retrieval", "shuffled") and keep in ("initial", "best", "all")
     if not known or min(draws, size) < 1:
-        raise InputError("expected order retrieval|shuffled, keep initial|best|all, draws and size >= 1, "
-                         f"found {order}, {keep}, {draws} and {size}")
+        raise InputError(f"no expansion with order {order}, keep {keep}, {draws} draws of {size} passages")
     instances, counts = [], Counter() if counts is None else counts
     for query in candidates:
         judged = qrels.get(query.qid)
@@ -436,14 +421,10 @@ def expand(candidates: list[Candidates], qrels: dict[str, dict[str, int]], draws
     return instances
 
 
-def _instance_line(instance: Instance) -> str:
-    return json.dumps(vars(instance), ensure_ascii=False) + "\n"
-
-
 def write_instances(path: str | Path, instances: Iterable[Instance]) -> None:
     """One instance a line, as JSON; read_instances gives the same back."""
     with atomic_write(path) as file:
-        file.writelines(map(_instance_line, instances))
+        file.writelines(instance.json() for instance in instances)
 
 
 def read_instances(path: str | Path) -> list[Instance]:
@@ -462,7 +443,8 @@ def read_instances(path: str | Path) -> list[Instance]:
     return instances
 
 
-# ---- Training data for grpo.py -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Training data for grpo.py
 
 
 def training_instances(data: list[str], qrels: Iterable[str] = (),
@@ -471,85 +453,75 @@ def training_instances(data: list[str], qrels: Iterable[str] = (),
 
     Each of `data` is a file of instances, a file of candidates (`qrels`: the files with their judgements) or
     a name: "rearank_12k" or one of TABLE_1, downloaded where it is missing. ["auto"] is rearank_12k if it is
-    there, else DL21 and DL22. What they are: {"data": the names and files, never "auto", that give the same
-    again, "instances": n, "queries": n, "sha256" of the file that write_instances would write}. InputError
-    where nothing is left, or for a query that is in two lists of candidates.
+    there, else DL21 and DL22. What they are: {"data": what gives the same again, "instances" and "queries":
+    how many, "sha256" of the file that write_instances would write}.
     """
     counts = expansion.setdefault("counts", Counter())
-    if "auto" in data and len(data) > 1:
-        raise InputError("auto: expected no other data beside it")
-    pool = "auto" in data and not Path(cache_folder(), "rearank_12k", WINDOWS).exists()
-    chosen = list(data) if "auto" not in data else ["dl21", "dl22"] if pool else ["rearank_12k"]
+    fallback = data == ["auto"] and not Path(cache_folder(), "rearank_12k", WINDOWS).exists()
+    if data == ["auto"]:
+        data = ["dl21", "dl22"] if fallback else ["rearank_12k"]
     judged: dict[str, dict[str, int]] = {}
     for path in qrels:
         for qid, labels in read_qrels(path).items():
             judged.setdefault(qid, {}).update(labels)
     instances, seen = [], {}
-    for name in chosen:
-        found, labels = _load(name, judged)
-        for query in found if labels else ():
-            if query.qid in seen:
-                raise InputError(f"query {query.qid} is in both {seen[query.qid]} and {name}")
-            seen[query.qid] = name
-        instances += expand(found, labels, **expansion) if labels else found
+    for name in data:
+        path, labels = name, judged
+        if name in TABLE_1:
+            path, judgements = download(name)
+            labels = read_qrels(judgements)
+        elif name == "rearank_12k":
+            path = download(name)[0]
+        elif not Path(name).exists():
+            raise InputError(f"{name}: expected a file, auto alone, or of rearank_12k, {', '.join(TABLE_1)}")
+        if "labels" in next(read_records(path), ("", {}))[1]:
+            instances += read_instances(path)
+            continue
+        if not labels:
+            raise InputError(f"{name}: expected instances, or --qrels with judgements of these candidates")
+        found = read_candidates(path)
+        if twice := [query.qid for query in found if query.qid in seen]:
+            raise InputError(f"query {twice[0]} is in both {seen[twice[0]]} and {name}")
+        seen |= {query.qid: name for query in found}
+        instances += expand(found, labels, **expansion)
     if not instances:
-        raise InputError(f"{' '.join(chosen)}: no instances; expected candidates and judgements of the same "
+        raise InputError(f"{' '.join(data)}: no instances; expected candidates and judgements of the same "
                          "queries, with something relevant in the lists")
-    if pool:
+    if fallback:
         print(f"training data: DL21 and DL22, {counts['found']} of the paper's 179 queries; the authors' own "
               "windows have all of them: python data.py download rearank_12k", file=sys.stderr)
-    queries, sha256 = {instance.qid for instance in instances}, hashlib.sha256()
-    for instance in instances:
-        sha256.update(_instance_line(instance).encode("utf-8", "surrogatepass"))
-    return instances, {"data": chosen, "instances": len(instances), "queries": len(queries),
-                       "sha256": sha256.hexdigest()}
+    sha256 = hashlib.sha256("".join(instance.json() for instance in instances).encode(*UTF8)).hexdigest()
+    queries = len({instance.qid for instance in instances})
+    return instances, {"data": data, "instances": len(instances), "queries": queries, "sha256": sha256}
 
 
-def _load(name: str, judged: dict) -> tuple[list[Instance], None] | tuple[list[Candidates], dict]:
-    """(instances, None) or (candidates, qrels) of one entry of `data`; `judged`: what the qrels files say."""
-    if name in TABLE_1:
-        candidates, qrels = download(name)
-        return read_candidates(candidates), read_qrels(qrels)
-    if name == "rearank_12k":
-        return read_instances(*download(name)), None
-    if not Path(name).exists():
-        raise InputError(f"{name}: expected a file or one of auto, rearank_12k, {', '.join(TABLE_1)}")
-    if "labels" in next(read_records(name), ("", {}))[1]:
-        return read_instances(name), None
-    if not judged:
-        raise InputError(f"{name}: expected instances, or --qrels with the judgements of these candidates")
-    return read_candidates(name), judged
-
-
-# ---- BRIGHT: 12 splits, reasoning-intensive queries (arXiv 2407.12883) -------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# BRIGHT: 12 splits, reasoning-intensive queries (arXiv 2407.12883)
 
 BRIGHT_SPLITS = ("biology earth_science economics psychology robotics stackoverflow sustainable_living pony "
                  "leetcode aops theoremqa_theorems theoremqa_questions").split()
-# Where a file of a split lies below a folder, the first pattern that matches. The authors' archive writes
-# theoremqa_theorems ({u}), castorini's files theoremqa-theorems ({h}).
-BRIGHT_FILES = {
-    "queries": ("**/pyserini_queries/{u}.tsv", "**/topics.bright-{h}.tsv*"),
-    "corpus": ("**/pyserini_corpus/{u}/{u}.jsonl",),
-    "qrels": ("**/pyserini_qrels/{u}.tsv", "**/qrels.bright-{h}.txt*"),
-    "fixed qrels": ("**/qrels.bright-{h}.fixed.txt*",),
-    "exclude": ("**/exclude.bright-{h}.txt*", "**/topics.bright-{h}-original.jsonl*"),
-    "run": ("**/bm25.{u}.filtered.trec", *(f"**/*{{{x}}}*.{end}*" for end in ("trec", "txt") for x in "uh"))}
+BRIGHT_FILES = {  # below a folder, as in the authors' archive or of castorini: the first that is there
+    "queries": ("pyserini_queries/{}.tsv", "topics.bright-{}.tsv*"),
+    "corpus": ("pyserini_corpus/{}/{}.jsonl",),
+    "qrels": ("pyserini_qrels/{}.tsv", "qrels.bright-{}.txt*"),
+    "fixed qrels": ("qrels.bright-{}.fixed.txt*",),
+    "exclude": ("exclude.bright-{}.txt*", "topics.bright-{}-original.jsonl*"),
+    "run": ("bm25.{}.filtered.trec", "*{}*.trec*", "*{}*.txt*")}
 
 
-def bright_file(folder: str | Path, split: str, kind: str) -> Path | None:
-    """The file of `split` of that kind (BRIGHT_FILES) below `folder`, or None. InputError if two fit."""
-    under = split.replace("-", "_")
-    if under not in BRIGHT_SPLITS:
-        raise InputError(f"no BRIGHT split {split!r}: expected {', '.join(BRIGHT_SPLITS)}")
+def bright_file(folder: str | Path, split: str, kind: str, needed: bool = True) -> Path | None:
+    """The file of `split` of that kind (BRIGHT_FILES) below `folder`, or None; InputError if two fit."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: expected a folder with BRIGHT files")
     for pattern in BRIGHT_FILES[kind]:
-        found = sorted(Path(folder).glob(pattern.format(u=under, h=under.replace("_", "-"))))
+        # "?" stands for "_" and "-": the archive has theoremqa_theorems, castorini theoremqa-theorems
+        found = sorted(Path(folder).rglob(pattern.replace("{}", split.replace("_", "?"))))
         if len(found) > 1:
             raise InputError(f"{folder}: {found[0]} and {found[1]} could both be the {kind} of {split}")
         if found:
             return found[0]
-    return None
+    if needed:
+        raise InputError(f"{folder}: no {kind} of BRIGHT's {split} (python data.py download bright)")
 
 
 def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
@@ -563,52 +535,43 @@ def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def read_excluded(path: str | Path) -> dict[str, set[str]]:
-    """{qid: documents to take out of its candidates}, ids with "_" for spaces, queries without any left out;
-    from lines "qid docid" or BRIGHT's own rows as JSONL ({"id", "excluded_ids"}, where "N/A" means none).
-    """
+    """{qid: excluded documents} from lines "qid docid", or from BRIGHT's own rows as JSONL."""
+    is_json = read_text(path).lstrip().startswith("{")
+    pairs = [] if is_json else read_pairs(path)
+    for where, row in read_records(path) if is_json else ():
+        if not isinstance(row.get("excluded_ids"), list):
+            raise InputError(f"{where}: expected excluded_ids as a list")
+        qid = _field(row, ("id",), "the query's id", where)
+        pairs += [(qid, docid) for docid in row["excluded_ids"] if docid != "N/A"]
     excluded: dict[str, set[str]] = {}
-    rows = read_records(path) if read_text(path).lstrip().startswith("{") else ()
-    for where, row in rows:
-        docids = row.get("excluded_ids")
-        if not isinstance(docids, list) or not all(isinstance(docid, str) for docid in docids):
-            raise InputError(f"{where}: expected excluded_ids as a list of strings")
-        if docids := {trec_id(docid) for docid in docids if docid != "N/A"}:
-            excluded.setdefault(_field(row, ("id",), "the query's id", where), set()).update(docids)
-    for qid, docid in () if rows else read_pairs(path):
+    for qid, docid in pairs:
         excluded.setdefault(qid, set()).add(trec_id(docid))
     return excluded
 
 
-def read_bright(split: str, folder: str | Path, exclude: dict[str, set[str]] | None = None, k: int = 100,
-                ) -> list[Candidates]:
+def read_bright(split: str, folder: str | Path, k: int = 100) -> list[Candidates]:
     """A split's BM25 lists with passages: excluded documents go first, then the list is cut to `k`.
-
-    `exclude` as read_excluded gives it; by default from the split's own file below `folder`, if it has one.
     (The archive's runs come filtered, but after a cut to 100: for whole lists put longer runs there.)
     """
-    files = {kind: bright_file(folder, split, kind) for kind in ("queries", "corpus", "run", "exclude")}
-    if missing := [kind for kind in ("queries", "corpus", "run") if files[kind] is None]:
-        raise InputError(f"{folder}: no {' and no '.join(missing)} of BRIGHT's {split} "
-                         "(python data.py download bright)")
-    if exclude is None:
-        exclude = read_excluded(files["exclude"]) if files["exclude"] else {}
-    queries = dict(read_pairs(files["queries"]))
+    queries = dict(read_pairs(bright_file(folder, split, "queries")))
     passages = {trec_id(_field(record, ("id",), "the passage's id", where)):
                 _field(record, TEXT_FIELDS, "the passage's text", where)
-                for where, record in read_records(files["corpus"])}
-    lists = []
-    for qid, scores in read_run(files["run"]).items():
+                for where, record in read_records(bright_file(folder, split, "corpus"))}
+    run, exclusions = bright_file(folder, split, "run"), bright_file(folder, split, "exclude", needed=False)
+    excluded, lists = read_excluded(exclusions) if exclusions else {}, []
+    for qid, scores in read_run(run).items():
         ranked = sorted(scores, key=lambda docid: (scores[docid], docid), reverse=True)  # trec_eval's order
-        docids = [docid for docid in ranked if docid not in exclude.get(qid, ())][:k]
-        if qid not in queries or (unknown := [docid for docid in docids if docid not in passages]):
-            what = f"query {qid}" if qid not in queries else unknown[0]
-            raise InputError(f"{files['run']}: {what} is not in BRIGHT's {split}")
-        texts, kept = [passages[docid] for docid in docids], [scores[docid] for docid in docids]
-        lists.append(Candidates(qid, queries[qid], docids, texts, kept))
+        docids = [docid for docid in ranked if docid not in excluded.get(qid, ())][:k]
+        try:
+            texts, kept = [passages[docid] for docid in docids], [scores[docid] for docid in docids]
+            lists.append(Candidates(qid, queries[qid], docids, texts, kept))
+        except KeyError as missing:
+            raise InputError(f"{run}: {missing} is not in BRIGHT's {split}") from None
     return lists
 
 
-# ---- Downloads ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Downloads
 
 HUB = "castorini/rank_llm_data/retrieve_results/BM25/retrieve_results_"  # on the hub: owner/data set/file
 LIGHT = "abdoelsayed/reranking-datasets-light/bm25/beir/"
@@ -657,7 +620,7 @@ def download(name: str) -> list[Path]:
     if name == "rearank_12k":
         return [download_windows(folder)]
     if name == "bright":
-        return [folder if folder.is_dir() else unpack(from_hub(BRIGHT_ARCHIVE, folder), folder)]
+        return [folder if folder.is_dir() else unpack(BRIGHT_ARCHIVE, folder)]
     if name not in TABLE_1:
         raise InputError(f"no data set {name!r}: expected {', '.join([*TABLE_1, 'bright', 'rearank_12k'])}")
     candidates, candidates_md5, qrels, qrels_md5, _ = TABLE_1[name]
@@ -665,20 +628,18 @@ def download(name: str) -> list[Path]:
 
 
 def fetch(source: str, folder: Path, md5: str) -> Path:
-    """Bring one file (an address, or owner/name/file on the hub) to `folder`: verified, or nothing at all."""
+    """Bring one file to `folder`, unless it is there: verified, or nothing at all."""
+    def fits(content: bytes) -> bool:  # a checksum is against damage; it is no protection from malice
+        is_error_page = content.lstrip().startswith(b"<")
+        return hashlib.md5(content).hexdigest() == md5 if md5 else not is_error_page
+
     path = folder / source.rsplit("/", 1)[-1]
-    if path.exists() and md5 in ("", hashlib.md5(path.read_bytes()).hexdigest()):
+    if path.exists() and fits(path.read_bytes()):
         return path
-    by_hand = f"or put the file at {path} by hand"
-    copy = None if source.startswith("http") else from_hub(source, path)
-    content = copy.read_bytes() if copy else read_url(source, by_hand)
-    found = hashlib.md5(content).hexdigest()  # against damage; it is no protection from malice
-    if md5 not in ("", found) or content.lstrip().startswith(b"<"):  # the latter: a page about an error
-        if copy:
-            copy.resolve().unlink()  # or the hub's cache would give it again
-        expected = f"a file of MD5 {md5}" if md5 else "data"
-        raise InputError(f"{source}: expected {expected}, found {content[:20]!r} (MD5 {found}); nothing was "
-                         f"kept: try again later {by_hand}")
+    content = get(source, path)
+    if not fits(content):
+        raise InputError(f"{source}: expected {'a file of MD5 ' + md5 if md5 else 'data'}, found "
+                         f"{content[:40]!r}; try again later, or put it at {path} by hand")
     if not md5:
         print(f"{source}: no checksum is published for this file", file=sys.stderr)
     with atomic_write(path, "wb") as file:
@@ -686,47 +647,36 @@ def fetch(source: str, folder: Path, md5: str) -> Path:
     return path
 
 
-def from_hub(source: str, by_hand: Path) -> Path:
-    """A data set's file in the hub's own cache: resumed, from a mirror, offline, as the hub's HF_... say."""
-    from huggingface_hub import hf_hub_download
-
-    owner, name, file = source.split("/", 2)
-    try:
-        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
-    except Exception as error:  # whatever the hub's client and its HTTP library raise
-        reason = one_line(error)[:200]
-        raise InputError(f"cannot fetch {source} from the hub ({reason}); try again later or put it at "
-                         f"{by_hand} by hand") from None
-
-
-def read_url(url: str, advice: str) -> bytes:
-    """The whole answer, after a few tries. InputError in one line that ends with `advice`."""
-    from http.client import HTTPException
+def get(source: str, path: Path) -> bytes:
+    """The content of an address, or of owner/name/file on the hub. InputError: put it at `path` by hand."""
     from urllib.request import Request, urlopen
 
+    from huggingface_hub import hf_hub_download
+
+    on_hub = not source.startswith("http")
     for n in range(1, TRIES + 1):
         try:
-            with urlopen(Request(url, headers={"User-Agent": "rearank"}), timeout=TIMEOUT) as response:
+            if on_hub:  # its client keeps a cache of its own, resumes, knows mirrors and how to be offline
+                owner, name, file = source.split("/", 2)
+                return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")).read_bytes()
+            with urlopen(Request(source, headers={"User-Agent": "rearank"}), timeout=TIMEOUT) as response:
                 return response.read()
-        except (OSError, HTTPException) as error:  # a refusal, a timeout, an answer that was cut off
-            if n == TRIES or getattr(error, "code", 500) in (401, 403, 404, 410):
-                reason = one_line(error)
-                raise InputError(f"cannot fetch {url} ({reason}); try again later {advice}") from None
+        except Exception as error:  # a refusal, a timeout, an answer cut off: whatever the two clients raise
+            if on_hub or n == TRIES or getattr(error, "code", 500) in (401, 403, 404, 410):
+                raise InputError(f"cannot fetch {source} ({' '.join(str(error).split())[:200]}); try again "
+                                 f"later, or put it at {path} by hand") from None
             time.sleep(WAIT * 2 ** (n - 1))
 
 
-def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a .tar.gz so that `folder` appears whole or not at all. InputError: unsafe or damaged."""
-    import tarfile
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def unpack(source: str, folder: Path) -> Path:
+    """Fetch a .tar.gz and unpack it: `folder` appears whole or not at all. InputError: unsafe or damaged."""
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        with tarfile.open(archive) as opened:
-            opened.extractall(staging, filter="data")  # no devices, nothing that lies or leads outside
+        with tarfile.open(fileobj=io.BytesIO(get(source, folder)), mode="r:gz") as archive:
+            archive.extractall(staging, filter="data")  # no devices, nothing that lies or leads outside
         os.replace(staging, folder)
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise InputError(f"{archive}: unsafe or damaged, nothing was unpacked ({one_line(error)})") from None
+        raise InputError(f"{source}: unsafe or damaged, nothing was unpacked ({error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -734,9 +684,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 def download_windows(folder: Path) -> Path:
     """The authors' own training windows (le723z/rearank_12k on the hub), labelled by NIST's judgements.
-
-    They come page by page. Each page is kept as it arrives, so that an interrupted download goes on where it
-    was; the file of instances appears at the end. InputError: as `download`.
+    They come in pages, each kept as it arrives, so that an interrupted download goes on where it was.
     """
     from tqdm import tqdm
 
@@ -745,25 +693,23 @@ def download_windows(folder: Path) -> Path:
         return output
     for name, source in {"dl21": TABLE_1["dl21"][2:4], "dl22": TABLE_1["dl22"][2:4], "dl23": DL23}.items():
         qrels |= read_qrels(fetch(source[0], cache_folder() / name, source[1]))
-    query = "dataset=le723z%2Frearank_12k"
-    splits = kept_json(f"{ROWS}/splits?{query}", pages / "splits.json")["splits"]
-    query += next(f"&config={split['config']}&split=train" for split in splits if split["split"] == "train")
+    query = f"{ROWS}/{{}}?dataset=le723z%2Frearank_12k"
+    try:
+        splits = json.loads(get(query.format("splits"), output))["splits"]
+        config = next(split["config"] for split in splits if split["split"] == "train")
+    except (json.JSONDecodeError, KeyError, TypeError, StopIteration):
+        raise InputError(f"{query.format('splits')}: expected JSON with a train split") from None
     with tqdm(desc="rearank_12k", unit=" rows", disable=None) as bar:
         while not instances or len(instances) < bar.total:
-            offset = len(instances)
-            url = f"{ROWS}/rows?{query}&offset={offset}&length={PAGE}"
-            page = kept_json(url, pages / f"{offset:06d}.json", offset)
-            if bar.total not in (None, page["num_rows_total"]):
-                raise InputError(f"{url}: the number of rows has changed from {bar.total}; remove {pages}")
-            bar.total = page["num_rows_total"]
-            for row in page["rows"]:
-                found = _candidates(row["row"], f"{url}, row {row['row_idx']}")
+            url = f"{query.format('rows')}&config={config}&split=train&offset={len(instances)}&length={PAGE}"
+            rows, bar.total = read_page(url, pages / f"{len(instances):06d}.json", len(instances))
+            for row in rows:
+                found = _candidates(row, url)
                 if found.qid not in qrels:
                     raise InputError(f"{url}: query {found.qid} has no judgements in DL21, DL22 and DL23")
-                judged = qrels[found.qid]
-                instances.append(Instance(found.qid, found.query, found.docids, found.texts,
-                                          _labels(found, judged), list(judged.values())))
-            bar.update(len(instances) - offset)
+                labels, ideal = _labels(found, qrels[found.qid]), list(qrels[found.qid].values())
+                instances.append(Instance(found.qid, found.query, found.docids, found.texts, labels, ideal))
+            bar.update(len(rows))
     if len(instances) != 12_603:
         print(f"rearank_12k: {len(instances):,} windows; the paper has 12,603", file=sys.stderr)
     write_instances(output, instances)
@@ -771,131 +717,105 @@ def download_windows(folder: Path) -> Path:
     return output
 
 
-def kept_json(url: str, path: Path, offset: int | None = None) -> dict:
-    """What the rows service answers at `url`, kept at `path` as it came: {"splits": [{"config", "split"}]};
-    with `offset` the rows from there, {"rows": [{"row_idx", "row", "truncated_cells"}], "num_rows_total"}.
-    InputError for anything else, and where a row is missing or cut.
-    """
-    advice = "with the same command (the pages that have arrived are kept)"
-    content = path.read_bytes() if path.exists() else read_url(url, advice)
+def read_page(url: str, path: Path, offset: int) -> tuple[list[dict], int]:
+    """(the rows from `offset` on, how many there are in all); kept at `path` once all of a page has come."""
+    content = path.read_bytes() if path.exists() else get(url, path)
     try:
-        answer = json.loads(content)
-        if offset is None:
-            whole = any(split["split"] == "train" and split["config"] for split in answer["splits"])
-        else:
-            rows, end = answer["rows"], min(offset + PAGE, answer["num_rows_total"])
-            there = offset < end and [row["row_idx"] for row in rows] == [*range(offset, end)]
-            whole = there and not any(row["truncated_cells"] for row in rows)
-    except (ValueError, TypeError, KeyError):
-        whole = False
-    if not whole:
-        path.unlink(missing_ok=True)
-        raise InputError(f"{url}: expected whole rows as JSON, found {content[:40]!r}; try again {advice}")
-    if not path.exists():
-        with atomic_write(path, "wb") as file:
-            file.write(content)
-    return answer
+        page = json.loads(content)
+        rows, total = page["rows"], page["num_rows_total"]
+        numbers = [row["row_idx"] for row in rows if not row["truncated_cells"]]
+        if not rows or numbers != [*range(offset, min(offset + PAGE, total))]:
+            raise ValueError("a row is missing or cut")
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{url}: expected whole rows as JSON, found {content[:40]!r} ({error}); try again "
+                         "later: the pages that have arrived are kept") from None
+    with atomic_write(path, "wb") as file:
+        file.write(content)
+    return [row["row"] for row in rows], total
 
 
-# ---- Command line ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 @dataclasses.dataclass
-class DownloadSettings:
-    """Fetch public data into $REARANK_DATA (default ~/.cache/rearank)."""
+class Settings:
+    """The settings of all commands."""
 
-    names: list[str] = setting(list, "data sets: " + ", ".join([*TABLE_1, "bright", "rearank_12k"]),
-                               positional=True, nargs="+")
+    command: str = setting("", "download, expand or bright", positional=True, nargs="?")
+    names: list[str] = setting(list, "download: " + ", ".join([*TABLE_1, "bright", "rearank_12k"]),
+                               positional=True, nargs="*")
+    candidates: list[str] = setting(list, "expand: lists, files or names (default: dl21 dl22)", nargs="+")
+    qrels: list[str] = setting(list, "expand: judgements of the files", nargs="+")
+    draws: int = setting(100, "expand: draws of each query (the paper's text: 50)")
+    size: int = setting(20, "expand: passages of a draw")
+    order: str = setting("retrieval", "expand: order of a draw's passages (the paper's text: shuffled)",
+                         choices=("retrieval", "shuffled"))
+    keep: str = setting("initial", "expand: whose NDCG@10 must reach --min-ndcg: the draw's own, its best "
+                        "order's, nobody's", choices=("initial", "best", "all"))
+    min_ndcg: float = setting(0.1, "expand: least NDCG@10 of a draw")
+    seed: int = setting(0, "expand: seed of the draws")
+    exclude_queries: str = setting("", "expand: a file of held-out queries, ids first (qrels, runs, topics)")
+    output: str = setting("", "expand: file (default instances.jsonl); bright: folder (bright-candidates)")
+    folder: str = setting("", "bright: the unpacked archive (default: where download puts it)")
+    splits: list[str] = setting(list, "bright: some of the 12", nargs="+", choices=BRIGHT_SPLITS, metavar="S")
 
 
-def download_command(settings: DownloadSettings) -> int:
+def download_command(settings: Settings) -> int:
     """Print where the files are, and NDCG@10 of the first stage beside the paper's: is it the same list?
-
-    A data set that cannot be had is one line on stderr and status 2 at the end; the others are still fetched.
+    What cannot be had is one line on stderr and status 2 at the end; the others are still fetched.
     """
     failed = False
     for name in settings.names:
         try:
             files = download(name)
             print(f"{name}: {' '.join(map(str, files))}")
-            if name not in TABLE_1:
-                continue
-            lists, qrels, paper = read_candidates(files[0]), read_qrels(files[1]), TABLE_1[name][-1]
-            values = [100 * ndcg(_labels(query, qrels[query.qid]), ideal=list(qrels[query.qid].values()))
-                      for query in lists if query.qid in qrels]
-            mean, papers = sum(values) / max(1, len(values)), f"{paper:.2f}" if paper else "is not given"
-            print(f"{name}: NDCG@10 x 100 of the lists {mean:.2f} ({len(values)} queries), the paper's BM25 "
-                  f"{papers}")
+            if name in TABLE_1:
+                lists, qrels = read_candidates(files[0]), read_qrels(files[1])
+                papers = f"{TABLE_1[name][-1]:.2f}" if TABLE_1[name][-1] else "is not given"
+                values = [100 * ndcg(_labels(query, qrels[query.qid]), ideal=list(qrels[query.qid].values()))
+                          for query in lists if query.qid in qrels]
+                print(f"{name}: NDCG@10 x 100 of the lists {sum(values) / max(1, len(values)):.2f} "
+                      f"({len(values)} queries), the paper's BM25 {papers}")
         except (InputError, OSError) as error:
-            print(f"data.py: {name}: {one_line(error)}", file=sys.stderr)
+            print(f"data.py: {name}: {error}", file=sys.stderr)
             failed = True
     return 2 if failed else 0
 
 
-@dataclasses.dataclass
-class ExpandSettings:
-    """Initial state expansion: many training instances from few judged queries (paper section 3.2)."""
-
-    candidates: list[str] = setting(list, "first-stage lists, files or names (default: dl21 dl22)", nargs="+")
-    qrels: list[str] = setting(list, "judgements of the files", nargs="+")
-    output: str = setting("instances.jsonl", "where the instances go (JSONL)")
-    draws: int = setting(100, "draws of each query (the paper's text: 50)")
-    size: int = setting(20, "passages of a draw")
-    order: str = setting("retrieval", "order of the passages in a draw (the paper's text: shuffled)",
-                         choices=("retrieval", "shuffled"))
-    keep: str = setting("initial", "whose NDCG@10 must reach --min-ndcg: the draw's own, its best order's, "
-                        "nobody's", choices=("initial", "best", "all"))
-    min_ndcg: float = setting(0.1, "least NDCG@10 of a draw")
-    seed: int = setting(0, "seed of the draws")
-    exclude_queries: str = setting("", "held-out queries, ids first on each line (as in qrels, runs, topics)")
-
-
-def expand_command(settings: ExpandSettings) -> None:
+def expand_command(settings: Settings) -> None:
     """Write the instances and print how many are left at every stage."""
-    options, counts = vars(settings).copy(), Counter()
-    data, qrels, output = options.pop("candidates"), options.pop("qrels"), options.pop("output")
-    lines = read_text(path).split("\n") if (path := options.pop("exclude_queries")) else []
-    options["exclude"] = {line.split()[0] for line in lines if line.strip()}
-    instances, _ = training_instances(data or ["dl21", "dl22"], qrels, counts=counts, **options)
-    write_instances(output, instances)
+    lines = read_text(settings.exclude_queries).split("\n") if settings.exclude_queries else []
+    names = ("draws", "size", "order", "keep", "min_ndcg", "seed")
+    options = {name: getattr(settings, name) for name in names}
+    held_out, counts = {line.split()[0] for line in lines if line.strip()}, Counter()
+    instances, _ = training_instances(settings.candidates or ["dl21", "dl22"], settings.qrels, counts=counts,
+                                      exclude=held_out, **options)
+    write_instances(output := settings.output or "instances.jsonl", instances)
     for stage, meaning in STAGES.items():
         print(f"{counts[stage]:7,}  {meaning}")
     print(f"written to {output}")
 
 
-@dataclasses.dataclass
-class BrightSettings:
-    """BRIGHT's first-stage lists as files for rearank.py, one a split, excluded documents taken out."""
-
-    folder: str = setting("", "the unpacked archive (default: where `download bright` puts it)")
-    output: str = setting("bright-candidates", "folder for the candidate files")
-    splits: list[str] = setting(list, "which of the 12 (default: all)", nargs="+")
-    k: int = setting(100, "passages of each query, cut after the exclusion", least=1)
-
-
-def bright_command(settings: BrightSettings) -> None:
+def bright_command(settings: Settings) -> None:
     """Write OUTPUT/split.jsonl for each split."""
     for split in settings.splits or BRIGHT_SPLITS:
-        lists = read_bright(split, settings.folder or cache_folder() / "bright", k=settings.k)
-        write_candidates(Path(settings.output, f"{split}.jsonl"), lists)
-        lengths = [len(query.docids) for query in lists]
-        print(f"{split:20s}{len(lists):5d} queries, {min(lengths)} to {max(lengths)} passages")
-
-
-COMMANDS = {"download": (DownloadSettings, download_command), "expand": (ExpandSettings, expand_command),
-            "bright": (BrightSettings, bright_command)}
+        lists = read_bright(split, settings.folder or cache_folder() / "bright")
+        write_candidates(Path(settings.output or "bright-candidates", f"{split}.jsonl"), lists)
+        print(f"{split:20s}{len(lists):5d} queries, {sum(len(query.docids) for query in lists):6d} passages")
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    """Run `data.py COMMAND ...`; without a command, print what there is."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
+    """Run the command line; without a command, print what there is."""
+    settings = command_line(Settings, argv, __doc__, "data.py")
+    commands = {"download": download_command, "expand": expand_command, "bright": bright_command}
+    if not settings.command:
         print(__doc__)
         return 0
-    if argv[0] not in COMMANDS:
-        raise InputError(f"no command {argv[0]!r}: expected {', '.join(COMMANDS)}")
-    settings, command = COMMANDS[argv[0]]
-    return command(command_line(settings, argv[1:], settings.__doc__, f"data.py {argv[0]}"))
+    if settings.command not in commands or bool(settings.names) != (settings.command == "download"):
+        given = " ".join([settings.command, *settings.names])
+        raise InputError(f"no command {given!r}: expected download NAMES, expand or bright, and options")
+    return commands[settings.command](settings)
 
 
 if __name__ == "__main__":

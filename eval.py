@@ -5,11 +5,10 @@
     python eval.py QRELS BM25 RERANKED ...         a table: means, 95 % intervals, tests against the first run
     python eval.py --bright RUNS_FOLDER            BRIGHT's headline: NDCG@10 of the splits and their mean
 
-The paper's tables are NDCG@10 x 100 (ndcg_cut_10). Files ending in .gz are read as such.
-
-How it works: `judge` sorts each query's documents and notes where those with a judgement stand; each measure
-is then a few lines of numpy over the judged documents of all queries. Sums are plain ones, in trec_eval's
-order (by rank, then by query): not even the last digit differs. Python's sum() is not plain from 3.12 on.
+The paper's tables are ndcg_cut_10 x 100. How it works: `judge` sorts each query's documents and notes where
+those with a judgement stand; each measure is then a few lines of numpy over the judged documents of all
+queries. Sums are plain ones, in trec_eval's order (by rank, then by query): not even the last digit differs.
+Python's sum() is not plain from 3.12 on.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data import (BRIGHT_SPLITS, InputError, bright_file, cache_folder, command_line, decode, encode,
-                  read_excluded, read_qrels, read_run, read_trec, run_main, setting)
+from data import (BRIGHT_SPLITS, UTF8, InputError, bright_file, cache_folder, command_line, read_excluded,
+                  read_qrels, read_run, read_trec, run_main, setting)
 
-# ---- Who was retrieved where, and what the assessors said --------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Who was retrieved where, and what the assessors said
 
 
 @dataclasses.dataclass
 class Judged:
     """A run seen by the measures. Q queries; m retrieved documents with a judgement; p judgements in all.
-
     Documents without a judgement need no rows: they only push others down. Labels below 0 count for nothing.
     """
 
@@ -49,15 +48,13 @@ class Judged:
 
 def judge(qrels: dict[bytes, dict[bytes, int]], run: dict[bytes, dict[bytes, float]], level: int) -> Judged:
     """Rank the run and look up its labels, for the queries in both: {qid: {docid: label or score}}.
-
     The order is trec_eval's: score falling, equal scores by docid falling, in bytes.
     """
-    qids = sorted(qrels.keys() & run.keys())
-    found, pool = [], []  # rows (query, rank, label) and (query, label)
+    qids, found, pool = sorted(qrels.keys() & run.keys()), [], []  # (query, rank, label) and (query, label)
     for number, qid in enumerate(qids):
         labels = qrels[qid]
         for rank, (_, docid) in enumerate(sorted(zip(run[qid].values(), run[qid]), reverse=True), 1):
-            if docid in labels and labels[docid] >= 0:
+            if labels.get(docid, -1) >= 0:
                 found.append((number, rank, labels[docid]))
         pool += [(number, label) for label in sorted(labels.values(), reverse=True) if label >= 0]
     query, rank, label = np.array(found, np.int64).reshape(-1, 3).T
@@ -66,7 +63,8 @@ def judge(qrels: dict[bytes, dict[bytes, int]], run: dict[bytes, dict[bytes, flo
     return Judged(qids, num_ret, query, rank, label, pool_query, pool_label, level)
 
 
-# ---- The measures: Judged and a cutoff in, (Q,) float64 out ------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# The measures: Judged and a cutoff in, (Q,) float64 out
 
 EVERYTHING = sys.maxsize  # the cutoff of a measure that has none
 
@@ -119,7 +117,6 @@ def bpref(j: Judged, k: int) -> np.ndarray:
 
 def normalized_dcg(j: Judged, k: int) -> np.ndarray:
     """The sum of label / log2(1 + rank) over the first k, over that of the best possible ranking.
-
     The gain is the label itself, whatever the level; the best ranking has all judged documents, retrieved or
     not. (As reward.ndcg, for all queries at once. numpy's log2 differs from math's in some last bits.)
     """
@@ -143,65 +140,63 @@ MEASURES: dict[str, tuple[Callable[[Judged, int], np.ndarray], tuple[int, ...]]]
     "ndcg": (normalized_dcg, ()), "ndcg_cut": (normalized_dcg, CUTS), "map_cut": (average_precision, CUTS),
     "success": (lambda j, k: (num_rel_ret(j, k) > 0).astype(float), (1, 5, 10))}
 COUNTS = ("num_q", "num_ret", "num_rel", "num_rel_ret")  # summed, not averaged, and printed as integers
+INTERVAL = ("mean", "low", "high")
 DEFAULT = ("ndcg_cut.10", "map", "recip_rank", "recall.100", "P.10")
 
 
 def parse_measures(names: Sequence[str], merge: bool = True) -> dict[str, list[int]]:
     """{measure: its cutoffs, rising} in trec_eval's order, from names like "ndcg_cut.5,10".
-
-    Of several lists for one measure trec_eval uses the first only; `merge` unites them. InputError for what
-    trec_eval would refuse.
+    Of several lists for one measure trec_eval uses the first only; `merge` unites them.
     """
     lists: dict[str, list[list[int]]] = {}
     for name in names:
-        measure, point, cutoffs = name.partition(".")
+        measure, point, text = name.partition(".")
         if measure not in MEASURES:
             raise InputError(f"unknown measure {name!r}: expected {' '.join(MEASURES)}")
-        takes_cutoffs = MEASURES[measure][1] != ()
-        numbers_follow = re.fullmatch(r"0*[1-9][0-9]{0,8}(,0*[1-9][0-9]{0,8})*", cutoffs)
-        found = [int(cut) for cut in cutoffs.split(",")] if takes_cutoffs and numbers_follow else []
-        if point and (not found or len(set(found)) < len(found)):
-            form = f"numbers above 0, each once ({measure}.5,10)" if takes_cutoffs else "no cutoffs"
-            raise InputError(f"measure {name!r}: expected {form}")
-        lists.setdefault(measure, []).append(found)
+        is_list = MEASURES[measure][1] and re.fullmatch(r"0*[1-9][0-9]{0,8}(,0*[1-9][0-9]{0,8})*", text)
+        cutoffs = [int(cut) for cut in text.split(",")] if is_list else []
+        if point and not 0 < len(cutoffs) == len(set(cutoffs)):
+            raise InputError(f"measure {name!r}: expected cutoffs above 0, each once, as in P.5,10; or none")
+        lists.setdefault(measure, []).append(cutoffs)
     chosen = {}
     for measure in [measure for measure in MEASURES if measure in lists]:
-        default, explicit = MEASURES[measure][1], [found for found in lists[measure] if found]
-        if len(explicit) > 1 and not merge:
-            print(f"{measure}: as in trec_eval, only the first list of cutoffs counts (one list: "
-                  f"{measure}.5,10)", file=sys.stderr)
-        used = [found or default for found in lists[measure]] if merge else explicit[:1] or [default]
-        chosen[measure] = sorted({cut for found in used for cut in found})
+        used, named = lists[measure], [cutoffs for cutoffs in lists[measure] if cutoffs]
+        if not merge:
+            used = named[:1] or [[]]
+            if len(named) > 1:
+                print(f"{measure}: as in trec_eval, only the first list of cutoffs counts (one list: "
+                      f"{measure}.5,10)", file=sys.stderr)
+        chosen[measure] = sorted({cut for cutoffs in used for cut in cutoffs or MEASURES[measure][1]})
     return chosen
 
 
 def measure_all(judged: Judged, measures: dict[str, list[int]]) -> dict[str, dict[str, float]]:
     """{qid: {name as trec_eval prints it: value}}, queries in byte order."""
-    columns = {}
-    for measure, cutoffs in measures.items():
-        for k in cutoffs or [EVERYTHING]:
-            columns[f"{measure}_{k}" if cutoffs else measure] = MEASURES[measure][0](judged, k).tolist()
-    return {decode(qid): {name: columns[name][n] for name in columns} for n, qid in enumerate(judged.qids)}
+    columns = {f"{measure}_{k}" if cutoffs else measure: MEASURES[measure][0](judged, k).tolist()
+               for measure, cutoffs in measures.items() for k in cutoffs or [EVERYTHING]}
+    return {qid.decode(*UTF8): {name: column[n] for name, column in columns.items()}
+            for n, qid in enumerate(judged.qids)}
 
 
 def evaluate(qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]], measures: Sequence[str],
              level: int = 1) -> dict[str, dict[str, float]]:
     """{qid: {"ndcg_cut_10": value}} for the queries of both {qid: {docid: label}} and {qid: {docid: score}}.
-
-    The same code as for files. InputError for an unknown measure, labels that are no integers, scores of NaN.
+    InputError for an unknown measure, labels that are no integers, scores of NaN.
     """
     def encoded(table, kind, expected):
         for value in (value for row in table.values() for value in row.values()):
             if not isinstance(value, kind) or value != value:
                 raise InputError(f"expected {expected}, found {value!r}")
-        return {encode(qid): {encode(docid): row[docid] for docid in row} for qid, row in table.items()}
+        return {qid.encode(*UTF8): {docid.encode(*UTF8): value for docid, value in row.items()}
+                for qid, row in table.items()}
 
     judged = judge(encoded(qrels, numbers.Integral, "integers as labels"),
                    encoded(run, numbers.Real, "numbers as scores"), level)
     return measure_all(judged, parse_measures(measures))
 
 
-# ---- Is the difference real? Queries are the sample. -------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Is the difference real? Queries are the sample.
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 10_000,
@@ -213,18 +208,15 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 
     if not len(values):
         raise ValueError("expected at least one value")
     rng, block = np.random.default_rng(seed), max(1, 1_000_000 // len(values))
-    means = []
-    for done in range(0, resamples, block):
-        drawn = rng.integers(0, len(values), (min(block, resamples - done), len(values)))
-        means.append(values[drawn].mean(axis=1))
-    low, high = np.quantile(np.concatenate(means), ((1 - level) / 2, (1 + level) / 2))
+    shapes = [(min(block, resamples - done), len(values)) for done in range(0, resamples, block)]
+    means = np.concatenate([values[rng.integers(0, len(values), shape)].mean(axis=1) for shape in shapes])
+    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
     return float(values.mean()), float(low), float(high)
 
 
 def randomisation_test(deltas: Sequence[float], seed: int = 0, samples: int = 10_000,
                        exact: int = 16) -> float:
     """Two-sided p-value of paired differences: were the runs alike, each could as well have the other sign.
-
     The share of sign patterns whose sum is at least as far from 0 as the one seen (Fisher): of all 2^n for at
     most `exact` differences that are not 0, else of `samples` random ones and the one seen, so that p is
     never 0 (Davison and Hinkley's +1).
@@ -242,7 +234,8 @@ def randomisation_test(deltas: Sequence[float], seed: int = 0, samples: int = 10
     return float(extreme / (samples + 1))
 
 
-# ---- Command line ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 @dataclasses.dataclass
@@ -265,94 +258,83 @@ class Settings:
     exclude: str = setting("", "a folder with exclude.bright-*.txt or BRIGHT's rows: taken out of the runs")
 
 
-@dataclasses.dataclass
-class Evaluation:
-    """One run's numbers: `queries` {qid: {name: value}} in byte order of qids, `totals` the "all" lines."""
-
-    run: str
-    queries: dict[str, dict[str, float]]
-    totals: dict[str, float]
-
-
 def evaluate_file(qrels: dict[bytes, dict[bytes, int]], path: str, measures: dict[str, list[int]],
-                  settings: Settings) -> Evaluation:
-    """Read and evaluate a run. InputError where it has no query in common with the judgements."""
+                  settings: Settings) -> dict:
+    """{"run": path, "queries": {qid: {name: value}} in byte order, "totals": {name: value}, the "all" lines}.
+    InputError where the run has no query in common with the judgements.
+    """
     judged = judge(qrels, read_trec(path, "run"), settings.level)
     if not judged.qids:
         raise InputError(f"{path}: no query in common with {settings.judgements}")
     queries = measure_all(judged, measures)
     num_q, totals = len(qrels) if settings.complete else len(queries), {}
     for name in next(iter(queries.values())):
-        total = 0.0
-        for row in queries.values():
-            total += row[name]  # not sum(), which would not be plain
+        total = float(np.cumsum([row[name] for row in queries.values()])[-1])  # plain, as sum() is not
         totals[name] = total if name in COUNTS else total / num_q
-    if settings.complete:
-        num_rel = sum(label > 0 for labels in qrels.values() for label in labels.values())  # of any level
-        totals |= {name: count for name, count in (("num_q", num_q), ("num_rel", num_rel)) if name in totals}
+    if settings.complete:  # trec_eval then counts the relevant documents of any level
+        num_rel = sum(label > 0 for labels in qrels.values() for label in labels.values())
+        counts = {"num_q": num_q, "num_rel": num_rel}
+        totals = {name: counts.get(name, value) for name, value in totals.items()}
     for row in queries.values():
         row.pop("num_q", None)  # trec_eval has no line of it for a query
-    return Evaluation(path, queries, totals)
+    return {"run": path, "queries": queries, "totals": totals}
 
 
-def trec_lines(result: Evaluation, queries: bool) -> str:
+def trec_lines(result: dict, queries: bool) -> str:
     """What trec_eval prints."""
-    lines = []
-    for qid, row in [*(result.queries.items() if queries else ()), ("all", result.totals)]:
-        for name, value in row.items():
-            lines.append(f"{name:22s}\t{qid}\t{f'{value:.0f}' if name in COUNTS else f'{value:6.4f}'}\n")
-    return "".join(lines)
+    rows = [*(result["queries"].items() if queries else ()), ("all", result["totals"])]
+    return "".join(f"{name:22s}\t{qid}\t{f'{value:.0f}' if name in COUNTS else f'{value:6.4f}'}\n"
+                   for qid, row in rows for name, value in row.items())
 
 
-def compare(results: list[Evaluation], judged: list[str], settings: Settings) -> list[dict]:
+def compare(results: list[dict], judged: list[str], settings: Settings) -> list[dict]:
     """One dict a run: totals, or means with 95 % intervals and the paired difference from the first run.
-
     Differences are over the queries of both runs; with -c over all of `judged`, the judgements' queries.
     """
-    def column(result, name, qids):
-        return np.array([result.queries[qid][name] if qid in result.queries else 0.0 for qid in qids])
+    def column(queries, name, qids):
+        return np.array([queries[qid][name] if qid in queries else 0.0 for qid in qids])
 
-    rows, first = [], results[0]
+    rows, first = [], results[0]["queries"]
     for result in results:
-        qids = judged if settings.complete else [*result.queries]
-        shared = judged if settings.complete else sorted(result.queries.keys() & first.queries.keys())
-        rows.append(row := {"run": result.run, "num_q": len(qids), "measures": {}})
-        for name, total in result.totals.items():
+        queries = result["queries"]
+        qids, shared = [*queries], sorted(queries.keys() & first.keys())
+        if settings.complete:
+            qids = shared = judged
+        rows.append(row := {"run": result["run"], "num_q": len(qids), "measures": {}})
+        for name, total in result["totals"].items():
             if name in COUNTS:
                 row["measures"][name] = {"total": int(total)}
                 continue
-            _, low, high = bootstrap_interval(column(result, name, qids), settings.seed)
-            row["measures"][name] = entry = {"mean": total, "low": low, "high": high}
-            if result is not first and shared:
-                deltas = column(result, name, shared) - column(first, name, shared)
-                mean, low, high = bootstrap_interval(deltas, settings.seed)
-                entry["difference"] = {"num_q": len(shared), "mean": mean, "low": low, "high": high,
+            interval = bootstrap_interval(column(queries, name, qids), settings.seed)
+            row["measures"][name] = entry = dict(zip(INTERVAL, interval)) | {"mean": total}
+            if result is not results[0] and shared:
+                deltas = column(queries, name, shared) - column(first, name, shared)
+                gain = dict(zip(INTERVAL, bootstrap_interval(deltas, settings.seed)))
+                entry["difference"] = {"num_q": len(shared), **gain,
                                        "p": randomisation_test(deltas, settings.seed)}
         if settings.queries:
-            row["queries"] = result.queries
+            row["queries"] = queries
     return rows
 
 
 def table_lines(rows: list[dict]) -> str:
     """One table a measure, one row a run; above them, if asked for, each query's value and differences."""
     lines, width = [], max(len(row["run"]) for row in rows)
+    head = "  queries    mean   95 % interval     difference from the first       p"
     for qid, values in rows[0].get("queries", {}).items():
         for name, value in values.items():
             others = (row["queries"].get(qid) for row in rows[1:])
             gains = "\t".join("-" if other is None else f"{other[name] - value:+.4f}" for other in others)
             lines.append(f"{name:22s}\t{qid}\t{value:6.4f}\t{gains}")
     for name in rows[0]["measures"]:
-        head = "  queries    mean   95 % interval     difference from the first       p"
         lines += ["", f"{name:{width}s}{head}"]
         for row in rows:
-            entry, line = row["measures"][name], f"{row['run']:{width}s}  {row['num_q']:7d}  "
-            if "total" in entry:
-                line += f"{entry['total']:6d}"
-            else:
-                line += f"{entry['mean']:6.4f}  {entry['low']:6.4f} {entry['high']:6.4f}"
-            if gain := entry.get("difference"):
-                interval = f"({gain['low']:+7.4f} {gain['high']:+7.4f})"
-                line += f"   {gain['mean']:+7.4f}  {interval}  {gain['p']:7.4f}"
+            entry = row["measures"][name]
+            form = "{total:6d}" if "total" in entry else "{mean:6.4f}  {low:6.4f} {high:6.4f}"
+            line = f"{row['run']:{width}s}  {row['num_q']:7d}  {form.format(**entry)}"
+            if "difference" in entry:
+                form = "   {mean:+7.4f}  ({low:+7.4f} {high:+7.4f})  {p:7.4f}"
+                line += form.format(**entry["difference"])
             lines.append(line)
     lines += ["", "Intervals: bootstrap over queries. p: paired randomisation test, two-sided.", ""]
     return "\n".join(lines).lstrip("\n")
@@ -360,19 +342,16 @@ def table_lines(rows: list[dict]) -> str:
 
 def bright_table(settings: Settings) -> None:
     """Print NDCG@10 x 100 of each BRIGHT split, a query without results counted 0, and their plain mean.
-
     Excluded documents leave the runs, never the judgements (paper section 4).
     """
     means, folder = [], settings.qrels or cache_folder() / "bright"
     for split in BRIGHT_SPLITS:
-        if (path := bright_file(settings.bright, split, "run")) is None:
+        if not (path := bright_file(settings.bright, split, "run", needed=False)):
             print(f"{split:20s}    -   no run")
             continue
-        kind = "fixed qrels" if settings.fixed else "qrels"
-        if (judgements := bright_file(folder, split, kind)) is None:
-            raise InputError(f"{folder}: no {kind} of BRIGHT's {split}")
-        excluding = bright_file(settings.exclude, split, "exclude") if settings.exclude else None
-        excluded, qrels = read_excluded(excluding) if excluding else {}, read_qrels(judgements)
+        qrels = read_qrels(bright_file(folder, split, "fixed qrels" if settings.fixed else "qrels"))
+        exclusions = settings.exclude and bright_file(settings.exclude, split, "exclude", needed=False)
+        excluded = read_excluded(exclusions) if exclusions else {}
         run = {qid: {docid: score for docid, score in scores.items() if docid not in excluded.get(qid, ())}
                for qid, scores in read_run(path).items()}
         values = evaluate(qrels, run, ["ndcg_cut.10"]).values()
@@ -380,8 +359,8 @@ def bright_table(settings: Settings) -> None:
         print(f"{split:20s}{means[-1]:7.2f}   {len(qrels)} queries")
     if not means:
         raise InputError(f"{settings.bright}: no run of any BRIGHT split (biology.trec, ...)")
-    rest = "" if len(means) == 12 else " of 12 only: not comparable with the headline"
-    print(f"{'mean':20s}{sum(means) / len(means):7.2f}   {len(means)} splits{rest}")
+    some = " of 12 only: not comparable with the headline" * (len(means) < 12)
+    print(f"{'mean':20s}{sum(means) / len(means):7.2f}   {len(means)} splits{some}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -392,14 +371,14 @@ def main(argv: list[str] | None = None) -> None:
     if settings.bright:
         return bright_table(settings)
     if hasattr(sys.stdout, "reconfigure"):  # ids are bytes, in whatever encoding
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+        sys.stdout.reconfigure(encoding=UTF8[0], errors=UTF8[1])
     measures = parse_measures(settings.measure or DEFAULT, merge=False)
     qrels = read_trec(settings.judgements, "qrels")
     results = [evaluate_file(qrels, path, measures, settings) for path in settings.runs]
     if len(results) == 1 and not settings.json:
         sys.stdout.write(trec_lines(results[0], settings.queries))
-        return None
-    rows = compare(results, sorted(map(decode, qrels)), settings)
+        return
+    rows = compare(results, [qid.decode(*UTF8) for qid in sorted(qrels)], settings)
     table = json.dumps({"qrels": settings.judgements, "runs": rows}, indent=1) + "\n"
     sys.stdout.write(table if settings.json else table_lines(rows))
 

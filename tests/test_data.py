@@ -499,8 +499,8 @@ def test_training_data_that_cannot_be_meant_is_refused(tmp_path, monkeypatch):
     files = make_files(tmp_path / "files")
     put_sets(monkeypatch, tmp_path, dl21="a")
     for entries, qrels, expected in (
-        (["auto", "dl21"], [], "auto: expected no other data"),
-        (["dl99"], [], "dl99: expected a file or one of auto, rearank_12k, dl19"),
+        (["auto", "dl21"], [], "auto: expected a file, auto alone"),
+        (["dl99"], [], "dl99: expected a file, auto alone, or of rearank_12k, dl19"),
         ([files["a.jsonl"]], [], "a.jsonl: expected instances, or --qrels"),
         ([files["a.jsonl"]], [files["b.qrels"]], "no instances"),
         (["dl21", files["a.jsonl"]], [files["a.qrels"]], "query a is in both dl21 and .*a.jsonl"),
@@ -538,10 +538,9 @@ def make_bright(folder, split="leetcode", run="0 Q0 a_b 1 3.0 t\n0 Q0 c 2 2.0 t\
 def test_excluded_documents_leave_before_the_cut(tmp_path):
     folder = make_bright(tmp_path)
     assert data.read_bright("leetcode", folder, k=2)[0].docids == ["a_b", "c"]
-    lists = data.read_bright("leetcode", folder, exclude={"0": {"a_b"}}, k=2)
+    (folder / "exclude.bright-leetcode.txt").write_text("0 a b\n")
+    lists = data.read_bright("leetcode", folder, k=2)
     assert lists == [Candidates("0", "how\tto sort", ["c", "d/e"], ["text of c", "text of d/e"], [2.0, 1.0])]
-    (folder / "exclude.bright-leetcode.txt").write_text("0 c\n")  # found without being asked for
-    assert data.read_bright("leetcode", folder)[0].docids == ["a_b", "d/e"]
 
 
 def test_docids_with_spaces_survive_from_corpus_to_evaluation(tmp_path):
@@ -584,9 +583,9 @@ def test_both_forms_of_the_exclusions_are_read(tmp_path):
 def test_what_is_missing_or_ambiguous_is_said(tmp_path):
     folder = make_bright(tmp_path, run="0 Q0 z 1 3.0 t\n")
     for arguments, expected in (
-        (("chess", folder), "no BRIGHT split 'chess'"),
-        (("leetcode", folder), "z is not in"),
-        (("pony", folder), "no queries and no corpus and no run"),
+        (("chess", folder), "no queries of BRIGHT's chess"),
+        (("leetcode", folder), "'z' is not in"),
+        (("pony", folder), "no queries of BRIGHT's pony .python data.py download bright"),
         (("pony", tmp_path / "x"), "expected a folder"),
     ):
         with pytest.raises(InputError, match=expected):
@@ -642,6 +641,11 @@ def test_without_a_command_the_usage_is_printed_and_a_wrong_one_is_refused(capsy
     assert data.main([]) == 0 and "python data.py download" in capsys.readouterr().out
     with pytest.raises(InputError, match="no command 'fetch': expected download"):
         data.main(["fetch"])
+    with pytest.raises(InputError, match="no command 'download': expected download NAMES"):
+        data.main(["download"])
+    with pytest.raises(SystemExit):
+        data.main(["bright", "--splits", "chess"])
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_number_out_of_bounds_is_one_line_and_status_2(capsys):
