@@ -74,7 +74,7 @@ def command_line(settings: type, argv: list[str] | None = None, description: str
         name = "--" + field.name.replace("_", "-")
         names = [field.name] if options.pop("positional", False) else [*options.pop("flags", ()), name]
         least[field.name] = options.pop("least", None)
-        if isinstance(default, bool):
+        if isinstance(default, bool) or field.type == "bool | None":
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, (int, float)):
             options["type"] = type(default)
@@ -93,6 +93,8 @@ def command_line(settings: type, argv: list[str] | None = None, description: str
 def run_main(main: Callable[[], int | None]) -> None:
     """Run `main` and exit: bad input is one line on stderr and status 2, Ctrl-C 130, a closed pipe 1."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is told to stop saves as on Ctrl-C
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what a console cannot show ends no run
     try:
         sys.exit(main() or 0)
     except BrokenPipeError:

@@ -21,8 +21,10 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import itertools
 import json
 import math
+import os
 import random
 import shutil
 import statistics
@@ -38,9 +40,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from data import InputError, Instance, atomic_write, command_line, run_main, setting, training_instances
-from model import Agent, Completion, load_agent, microbatches, sample, token_mask
-from rearank import PROMPTS, encode_prompt
+from data import (Candidates, InputError, Instance, atomic_write, command_line, read_candidates, read_qrels,
+                  run_main, setting, training_instances, trec_id)
+from model import (Agent, Completion, free_memory, load_agent, load_config, microbatches, out_of_memory,
+                   parameters, pick_device, sample, token_mask)
+from rearank import PROMPTS, Reranker, answer_start, encode_prompt, fit_context, fit_prompt
 from reward import Score, ndcg, parse_ranking, score_response
 
 # ------------------------------------------------------------------------------------------------------------
@@ -54,15 +58,13 @@ def group_advantages(rewards: Tensor) -> Tensor:
     gets exact zeros: a tiny epsilon under the fraction would turn the rounding of 0.7 into advantages near 1.
     """
     rewards = rewards.float()
-    centred = rewards - rewards.mean(-1, keepdim=True)
     flat = rewards.amax(-1, keepdim=True) - rewards.amin(-1, keepdim=True) <= 1e-6
-    std = (centred.square().sum(-1, keepdim=True) / max(rewards.shape[-1] - 1, 1)).sqrt()
-    return torch.where(flat, torch.zeros_like(centred), centred / std.where(~flat, torch.ones_like(std)))
+    std = rewards.std(-1, keepdim=True, correction=min(1, rewards.shape[-1] - 1))
+    return ((rewards - rewards.mean(-1, keepdim=True)) / std).masked_fill(flat, 0.0)
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Per-token estimate of KL(policy || reference) from tokens the policy drew: never negative, its mean is
-    the KL.
+    """Per-token estimate of KL(policy || reference) from the policy's own tokens: never negative, unbiased.
 
     With d = log reference - log policy it is exp(d) - 1 - d (Schulman's k3). Same shape as the inputs.
     """
@@ -72,8 +74,7 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 def grpo_loss(logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, lengths: Tensor,
               beta: float) -> Tensor:
-    """Equations 3 and 4, negated: the mean over outputs of the mean over each output's tokens. A scalar,
-    float32.
+    """Equations 3 and 4, negated: the mean over outputs of each output's mean over tokens. A float32 scalar.
 
     logps, ref_logps [R, T] (ref_logps may be None at beta 0); advantages [R]; lengths: token counts [R] or a
     mask [R, T]. Purely on-policy, so the ratio policy / stopgrad(policy) is 1 and only its gradient matters:
@@ -95,8 +96,7 @@ def grpo_loss(logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, lengt
 
 def grpo_step(agent: Agent, reference, optimizer: MasterAdamW, instances: list[Instance], lr: float,
               settings: Settings, step: int) -> tuple[dict[str, float], Rollouts]:
-    """Sample, reward, advantage, loss, step: one update on B instances. Returns the row of the log and the
-    rollouts."""
+    """One update: sample, reward, advantage, loss, step. Returns the log's row and the rollouts."""
     started = time.perf_counter()
     rollouts = sample_rollouts(agent, instances, settings, step)
     rewards = rollout_rewards(rollouts, settings, step)  # [B, G]
@@ -106,44 +106,45 @@ def grpo_step(agent: Agent, reference, optimizer: MasterAdamW, instances: list[I
         raise SystemExit(f"step {step}: loss {update['loss']}, gradient norm {update['grad_norm']}: not "
                          "finite. The weights are as before this step. Lower --lr, or look at the newest "
                          "rollouts in samples.txt.")
-    row = {"step": step, **rollout_statistics(rollouts, rewards), **update, "lr": lr}
+    row = {"step": step, **rollout_statistics(rollouts, rewards, advantages), **update, "lr": lr}
     row |= {"seconds": time.perf_counter() - started, "peak_mib": peak_mib(agent.model.device)}
     return row, rollouts
 
 
 @dataclasses.dataclass
 class Rollouts:
-    """What one step sampled: B instances and prompts; completions, texts and scores flat, B groups of G in a
-    row."""
+    """What one step sampled: B instances and prompts; the rest flat, a prompt's G completions in a row."""
 
     instances: list[Instance]
     prompts: list[list[int]]
     completions: list[Completion]
     texts: list[str]
     scores: list[Score]
+    prompts_cut: float  # share of the prompts that had to be cut to fit
     seconds: float
 
 
 def sample_rollouts(agent: Agent, instances: list[Instance], settings: Settings, step: int) -> Rollouts:
-    """Sample G answers to each of B instances' prompts from the present policy, and score them (eqs. 5 and
-    6)."""
-    started, G = time.perf_counter(), settings.group
-    prompts = [encode_prompt(agent.tokenizer, x.query, x.texts, settings.prompt, settings.max_prompt_tokens)
-               for x in instances]
+    """Sample G answers to each of B instances' prompts and score them (equations 5 and 6)."""
+    started, G, tokenizer = time.perf_counter(), settings.group, agent.tokenizer
+    fitted = [fit_prompt(tokenizer, x.query, x.texts, settings.prompt, settings.max_prompt_tokens)
+              for x in instances]
+    prompts = [ids for ids, _ in fitted]
     with tqdm(total=len(prompts) * G, desc=f"step {step} sampling", unit="answer", leave=False) as bar:
         groups = sample(agent.model, prompts, G, settings.max_new_tokens, settings.temperature,
                         agent.stop_ids, settings.seed * 1_000_003 + step, settings.max_rows, bar.update)
     completions = [c for group in groups for c in group]
-    texts = [agent.decode(c) for c in completions]
+    opened, _ = answer_start(tokenizer)  # the response begins with what the template has opened
+    texts = [opened + agent.decode(c) for c in completions]
     scheme = "normalized" if settings.reward == "random" else settings.reward
     scores = [score_response(text, instances[i // G].labels, instances[i // G].ideal, scheme)
               for i, text in enumerate(texts)]
-    return Rollouts(instances, prompts, completions, texts, scores, time.perf_counter() - started)
+    cut = statistics.fmean(was_cut for _, was_cut in fitted)
+    return Rollouts(instances, prompts, completions, texts, scores, cut, time.perf_counter() - started)
 
 
 def rollout_rewards(rollouts: Rollouts, settings: Settings, step: int) -> Tensor:
-    """The rewards [B, G]; with --reward random, a control, numbers that have nothing to do with the
-    answers."""
+    """The rewards [B, G]; for the control --reward random, numbers that ignore the answers."""
     shape = len(rollouts.instances), settings.group
     if settings.reward == "random":
         return torch.rand(shape, generator=torch.Generator().manual_seed(settings.seed * 7919 + step))
@@ -152,39 +153,46 @@ def rollout_rewards(rollouts: Rollouts, settings: Settings, step: int) -> Tensor
 
 def update_policy(agent: Agent, reference, optimizer: MasterAdamW, rollouts: Rollouts, advantages: Tensor,
                   lr: float, settings: Settings) -> dict[str, float]:
-    """One update by advantages [B, G]. Returns loss, kl and entropy (means over tokens), and grad_norm."""
-    prompts, answers, (B, G) = rollouts.prompts, [c.ids for c in rollouts.completions], advantages.shape
-    sizes = {name: getattr(settings, name) for name in ("temperature", "answer_tokens", "prompt_tokens",
-                                                        "checkpointing")}
-    # Without a penalty a flat group has no gradient at all, so it costs nothing.
+    """One update by advantages [B, G]. Returns loss, kl, entropy (means over the tokens visited) and
+    grad_norm.
+
+    Without a reference kl is nan, and a flat group is not visited: it has no gradient at all, and costs
+    nothing.
+    """
+    prompts, (B, G) = rollouts.prompts, advantages.shape
+    answers = [c.ids for c in rollouts.completions]
+    options = {name: getattr(settings, name) for name in ("temperature", "answer_tokens", "prompt_tokens",
+                                                          "checkpointing")}
     live = [g for g in range(B) if reference is not None or advantages[g].any()]
-    ref_logps = None if reference is None else reference_logps(reference, prompts, answers, sizes)
+    ref_logps = None if reference is None else reference_logps(reference, prompts, answers, options)
     advantages, totals = advantages.flatten().to(agent.model.device), Counter()
-    for batch in microbatches(agent.model, prompts, answers, live, **sizes):
-        (rows, width), logps = batch.logps.shape, batch.logps
+    for batch in microbatches(agent.model, prompts, answers, live, **options):
+        (count, width), logps = batch.logps.shape, batch.logps
         ref = logps.detach() if ref_logps is None else ref_logps[batch.rows, :width]
         loss = grpo_loss(logps, ref, advantages[batch.rows], batch.lengths, settings.beta)
-        loss = loss * rows / (B * G)  # a mean over all outputs, however they are cut into micro-batches
+        loss = loss * count / (B * G)  # a mean over all outputs, however they are cut into micro-batches
         loss.backward()
         kl = k3(logps.detach(), ref).sum()  # 0 at padding, where both are 0
         totals.update(loss=loss.item(), kl=kl.item(), entropy=batch.entropy.sum().item(),
                       tokens=batch.lengths.sum().item())
-    tokens = max(totals["tokens"], 1)
-    return {"loss": totals["loss"], "kl": totals["kl"] / tokens, "entropy": totals["entropy"] / tokens,
+    tokens = totals["tokens"] or math.nan
+    return {"loss": totals["loss"], "kl": math.nan if reference is None else totals["kl"] / tokens,
+            "entropy": totals["entropy"] / tokens,
             "grad_norm": optimizer.step(lr, settings.grad_clip) if live else 0.0}
 
 
 @torch.no_grad()
-def reference_logps(reference, prompts: list[list[int]], answers: list[list[int]], sizes: dict) -> Tensor:
+def reference_logps(reference, prompts: list[list[int]], answers: list[list[int]], options: dict) -> Tensor:
     """Log-probabilities of all answers' tokens under the frozen reference, [B G, T] (0 at padding)."""
     logps = torch.zeros(len(answers), max(map(len, answers)), device=reference.device)
-    for batch in microbatches(reference, prompts, answers, **sizes):
+    for batch in microbatches(reference, prompts, answers, **options):
         logps[batch.rows, :batch.logps.shape[1]] = batch.logps
     return logps
 
 
-def rollout_statistics(rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
-    """What the log says about one step's rollouts and their rewards [B, G]; shares are between 0 and 1."""
+def rollout_statistics(rollouts: Rollouts, rewards: Tensor, advantages: Tensor) -> dict[str, float]:
+    """What the log says about one step's rollouts, with rewards and advantages [B, G]; shares are in [0,
+    1]."""
     instances, scores, completions = rollouts.instances, rollouts.scores, rollouts.completions
     sizes = [len(x.labels) for x in instances for _ in range(rewards.shape[1])]
     rankings = [parse_ranking(text, n) for text, n in zip(rollouts.texts, sizes)]
@@ -197,14 +205,13 @@ def rollout_statistics(rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
         "identity": [r.order == list(range(n)) for r, n in zip(rankings, sizes)],
         "length": [len(c.ids) for c in completions], "cut": [not c.finished for c in completions]}
     return {"reward": float(rewards.mean()), "reward_std": float(rewards.std(1).mean()),
-            "flat_groups": float((group_advantages(rewards) == 0).all(1).float().mean()),
+            "flat_groups": float((advantages == 0).all(1).float().mean()),
             **{name: statistics.fmean(values) for name, values in columns.items()},
-            "tokens_per_s": tokens / rollouts.seconds}
+            "prompts_cut": rollouts.prompts_cut, "tokens_per_s": tokens / rollouts.seconds}
 
 
 def peak_mib(device: torch.device) -> float:
-    """Most memory used so far: of the GPU that the model is on, else of this process (0 where one cannot
-    ask)."""
+    """Most memory used so far: of a GPU if the model is on one, else of this process (on Windows 0)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -219,16 +226,20 @@ def peak_mib(device: torch.device) -> float:
 
 
 def train(agent: Agent, instances: list[Instance], settings: Settings, folder: RunFolder,
-          measure: Callable[[Rollouts], dict] | None = None) -> None:
+          measure: Callable[[Rollouts], dict] | None = None, held_out: tuple | None = None) -> None:
     """GRPO for settings.steps steps. `measure` adds columns to the log. Ctrl-C saves checkpoint and state
-    first."""
+    first.
+
+    `held_out` (candidates, qrels): every settings.eval_every steps they are reranked, and the best policy so
+    far is kept in best/.
+    """
     if not instances:
         raise InputError("no training instance is left: check that candidates and judgements share query "
                          "ids, or loosen --keep and --min-ndcg")
     frozen = settings.beta > 0 or settings.log_kl
     reference = copy.deepcopy(agent.model).requires_grad_(False) if frozen else None
     optimizer = MasterAdamW(list(agent.model.parameters()), settings.weight_decay, settings.offload)
-    done = folder.load_state(optimizer) if settings.resume else 0
+    done, best = folder.load_state(optimizer) if settings.resume else (0, -1.0)
     saved = done if settings.resume else -1  # a checkpoint that an earlier run left in the folder is not ours
     try:
         steps = range(done + 1, settings.steps + 1)
@@ -237,33 +248,57 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
             batch = batch_of(instances, step, settings)
             row, rollouts = grpo_step(agent, reference, optimizer, batch, lr, settings, step)
             done = step
+            if held_out and (step % settings.eval_every == 0 or step == settings.steps):
+                row |= validate(agent, *held_out, settings)
+                if row["eval_ndcg"] > best:
+                    best = row["eval_ndcg"]
+                    folder.save_model(agent, "best")
             folder.log(row | (measure(rollouts) if measure else {}))
             if (step - 1) % settings.samples_every == 0 or step == settings.steps:
                 folder.write_samples(step, rollouts, settings.group)
             if step % settings.save_every == 0:
-                folder.save(agent, optimizer, step)
+                folder.save(agent, optimizer, step, best)
                 saved = step
     finally:
         if saved < done:
-            folder.save(agent, optimizer, done)
+            folder.save(agent, optimizer, done, best)
         optimizer.release()
+
+
+def validate(agent: Agent, candidates: list[Candidates], qrels: dict, settings: Settings) -> dict[str, float]:
+    """Greedy reranking of each list's first window: the mean NDCG@10 over all judged documents, and its 95 %
+    interval.
+
+    The interval is the normal one, 1.96 standard errors over the queries.
+    """
+    lists = [(c.query, c.texts[:settings.window]) for c in candidates]
+    reranker = Reranker(agent, settings.prompt, settings.window, settings.window,
+                        max_new_tokens=settings.max_new_tokens, max_prompt_tokens=settings.max_prompt_tokens,
+                        max_rows=settings.max_rows)
+    scores = []
+    for c, ranking in zip(candidates, reranker.rank_many(lists)):
+        judged = qrels[c.qid]
+        order = [result.index for result in ranking] + list(range(len(ranking), len(c.docids)))
+        labels = [max(0, judged.get(trec_id(c.docids[i]), 0)) for i in order]
+        scores.append(ndcg(labels, ideal=list(judged.values())))
+    mean, error = statistics.fmean(scores), statistics.stdev(scores) / math.sqrt(len(scores))
+    return {"eval_ndcg": mean, "eval_low": mean - 1.96 * error, "eval_high": mean + 1.96 * error}
 
 
 def batch_of(instances: list[Instance], step: int, settings: Settings) -> list[Instance]:
     """The instances of step 1, 2, ...: a new shuffle each time the pool is used up. A function of the seed
     and the step alone, so that a resumed run goes on as the unbroken one would have."""
-    B, order = settings.prompts_per_step, []
+    B, pool = settings.prompts_per_step, []
     for epoch in range((step - 1) * B // len(instances), (step * B - 1) // len(instances) + 1):
-        epoch_order = list(range(len(instances)))
-        random.Random(f"{settings.seed} {epoch}").shuffle(epoch_order)
-        order += epoch_order
+        shuffled = list(range(len(instances)))
+        random.Random(f"{settings.seed} {epoch}").shuffle(shuffled)
+        pool += shuffled
     first = (step - 1) * B % len(instances)
-    return [instances[i] for i in order[first:first + B]]
+    return [instances[i] for i in pool[first:first + B]]
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: bool) -> float:
-    """Linear warm-up over `warmup` steps, then constant, or falling linearly to a tenth of `peak`. Steps from
-    1."""
+    """Linear warm-up, then constant or, with `decay`, falling linearly to a tenth. Steps count from 1."""
     fall = 1.0 - 0.9 * max(0, step - warmup) / max(1, steps - warmup) if decay else 1.0
     return peak * min(1.0, step / max(1, warmup)) * fall
 
@@ -274,8 +309,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: bool) 
 
 def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]], steps: int, lr: float,
                settings: Settings, title: str = "supervised") -> float:
-    """`steps` AdamW steps of cross-entropy, a mean over all answer tokens, on batches of (prompt ids, answer
-    ids).
+    """`steps` AdamW steps of cross-entropy on batches of (prompt ids, answer ids), a mean over answer tokens.
 
     Returns the last loss. SystemExit where it is not finite.
     """
@@ -301,16 +335,15 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
 def best_order_batches(agent: Agent, instances: list[Instance],
                        settings: Settings) -> Iterator[list[tuple[list[int], list[int]]]]:
     """The paper's direct SFT: prompts with their best possible order as the answer, no reasoning."""
-    step, end = 0, [agent.tokenizer.eos_token_id]
-    while True:
-        step += 1
+    for step in itertools.count(1):
         batch = []
         for x in batch_of(instances, step, settings):
             order = sorted(range(len(x.labels)), key=lambda i: -x.labels[i])
             answer = f"<answer> {' > '.join(f'[{i + 1}]' for i in order)} </answer>"
-            batch.append((encode_prompt(agent.tokenizer, x.query, x.texts, settings.prompt,
-                                        settings.max_prompt_tokens),
-                          agent.tokenizer(answer, add_special_tokens=False)["input_ids"] + end))
+            ids = agent.tokenizer(answer, add_special_tokens=False)["input_ids"]
+            prompt = encode_prompt(agent.tokenizer, x.query, x.texts, settings.prompt,
+                                   settings.max_prompt_tokens)
+            batch.append((prompt, [*ids, agent.end_id]))
         yield batch
 
 
@@ -340,7 +373,7 @@ class Settings:
     beta: float = setting(0.001, "Weight of the KL penalty to the frozen starting model.", least=0)
     log_kl: bool = setting(False, "Measure the KL to the starting model at --beta 0 too.")
     temperature: float = setting(1.0, "Sampling temperature of the rollouts.", least=0.01)
-    grad_clip: float = setting(1.0, "Largest norm of the gradient.")
+    grad_clip: float = setting(1.0, "Largest norm of the gradient.", least=1e-6)
     weight_decay: float = setting(0.0, "AdamW's weight decay.")
     reward: str = setting("normalized", "The ranking reward (Table 3); random is a control: no learning.",
                           choices=("normalized", "absolute", "difference", "random"))
@@ -353,11 +386,16 @@ class Settings:
     min_ndcg: float = setting(0.1, "The least NDCG@10 of a draw that is kept.")
     max_new_tokens: int = setting(2048, "Longest rollout.", least=1)
     max_prompt_tokens: int = setting(4096, "Longer prompts are made to fit.", least=1)
-    max_rows: int = setting(128, "Rollouts written at a time.", least=1)
-    answer_tokens: int = setting(8192, "Rollout tokens in a micro-batch: memory, not the result.", least=1)
+    max_rows: int = setting(0, "Rollouts written at a time; 0: as many as fit.", least=0)
+    answer_tokens: int = setting(0, "Rollout tokens in a micro-batch; 0: as many as fit.", least=0)
     prompt_tokens: int = setting(8192, "Prompt tokens encoded together in the update.", least=1)
-    checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, slower.")
-    offload: bool = setting(False, "Keep AdamW's moments and float32 master weights in host memory.")
+    checkpointing: bool | None = setting(None, "Recompute activations going backward (default: if need be).")
+    offload: bool | None = setting(None, "AdamW's masters and moments in host memory (default: if need be).")
+    plan: bool = setting(False, "Print what training would take and choose, and stop.")
+    memory: float = setting(0.0, "GiB that --plan takes for free on the card; 0: what is.", least=0)
+    eval_data: str = setting("", "Held-out candidates, whose first windows are reranked.")
+    eval_qrels: str = setting("", "Their judgements.")
+    eval_every: int = setting(10, "Validate every so many steps; the best policy is kept in best/.", least=1)
     samples_every: int = setting(10, "Write two whole rollouts every so many steps.", least=1)
     save_every: int = setting(10, "Write the checkpoint every so many steps.", least=1)
     resume: bool = setting(False, "Go on from the checkpoint in --out.")
@@ -375,8 +413,9 @@ class MasterAdamW:
 
     In bfloat16 an update of 1e-6 is smaller than the spacing of the weights and would round to nothing; here
     it adds up in the master. Gradients are added up in float32 too, on the model's device: a hook takes each
-    as soon as backward has made it (`release` ends that). With `offload`, master weights and moments live in
-    host memory and the step runs there. float32 weights on their own device are their own masters.
+    as soon as backward has made it (`release` ends that). With `offload`, masters and moments live in host
+    memory, where one gradient at a time follows them. float32 weights on their own device are their own
+    masters.
     """
 
     def __init__(self, params: Sequence[torch.nn.Parameter], weight_decay: float = 0.0, offload: bool = False,
@@ -391,7 +430,8 @@ class MasterAdamW:
         self.sums: dict[torch.nn.Parameter, Tensor] = {}
         self.hooks = [p.register_post_accumulate_grad_hook(self._take)
                       for p, master in zip(self.params, self.masters) if p is not master]
-        self.adam = torch.optim.AdamW(self.masters, 0.0, betas, weight_decay=weight_decay, fused=True)
+        self.adams = [torch.optim.AdamW([master], 0.0, betas, weight_decay=weight_decay, fused=True)
+                      for master in self.masters]  # one for each, so that each can step by itself
 
     def _take(self, param: torch.nn.Parameter) -> None:
         grad, param.grad = param.grad.float(), None
@@ -408,24 +448,22 @@ class MasterAdamW:
 
         A norm that is not finite changes nothing.
         """
-        for param, master in zip(self.params, self.masters):
-            if param in self.sums:
-                master.grad = self.sums.pop(param).to(master.device)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, grad_clip))
-        if math.isfinite(norm):
-            self.adam.param_groups[0]["lr"] = lr
-            self.adam.step()
-            for param, master in zip(self.params, self.masters):
+        grads = {p: grad for p in self.params if (grad := self.sums.pop(p, p.grad)) is not None}
+        norm = float(torch.nn.utils.get_total_norm(list(grads.values())))
+        for param, master, adam in zip(self.params, self.masters, self.adams):
+            if param in grads and math.isfinite(norm):
+                master.grad = grads.pop(param).mul_(min(1.0, grad_clip / (norm + 1e-6))).to(master.device)
+                adam.param_groups[0]["lr"] = lr
+                adam.step()
                 if param is not master:
                     param.copy_(master)
-        self.adam.zero_grad()
+            param.grad = master.grad = None
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as named tensors: moments, counts of steps, and the float32
-        weights."""
-        named = {f"{name}.{i}": value.contiguous() for i, master in enumerate(self.masters)
-                 for name, value in self.adam.state[master].items()}
+        """Everything a resumed run needs, as named tensors: moments, counts of steps, float32 weights."""
+        named = {f"{name}.{i}": value.contiguous() for i, adam in enumerate(self.adams)
+                 for name, value in adam.state[self.masters[i]].items()}
         return named | {f"master.{i}": master.detach() for i, master in enumerate(self.masters)}
 
     @torch.no_grad()
@@ -438,7 +476,7 @@ class MasterAdamW:
                 master.copy_(value)
                 self.params[int(index)].copy_(value)
             else:
-                self.adam.state[master][key] = value.to(master.device)
+                self.adams[int(index)].state[master][key] = value.to(master.device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -446,9 +484,9 @@ class MasterAdamW:
 
 
 COLUMNS = (
-    "step", "reward", "ndcg", "ndcg_init", "ndcg_best", "reward_std", "rank", "format1", "format2",
-    "permutations", "identity", "flat_groups", "length", "cut", "kl", "entropy", "grad_norm", "lr", "loss",
-    "tokens_per_s", "seconds", "peak_mib")
+    "step", "reward", "ndcg", "ndcg_init", "ndcg_best", "eval_ndcg", "eval_low", "eval_high", "reward_std",
+    "rank", "format1", "format2", "permutations", "identity", "flat_groups", "length", "cut", "prompts_cut",
+    "kl", "entropy", "grad_norm", "lr", "loss", "tokens_per_s", "seconds", "peak_mib")
 LINE = (
     "step {step:4d}  reward {reward:+.3f}  NDCG@10 {ndcg:.3f} (given {ndcg_init:.3f}, best {ndcg_best:.3f})  "
     "in-group std {reward_std:.2f}  full {permutations:.0%}  flat {flat_groups:.0%}  length {length:.0f}  "
@@ -483,129 +521,242 @@ class RunFolder:
     def earlier_config(settings: Settings) -> dict:
         """config.json of the run in settings.out. InputError unless there is all that --resume needs."""
         path = Path(settings.out)
-        needed = "config.json", "state/state.json", "state/optimizer.safetensors"
-        if not all((path / name).is_file() for name in needed):
+        state = whole(path / "state")
+        needed = path / "config.json", state / "state.json", state / "optimizer.safetensors"
+        if not all(file.is_file() for file in needed):
             raise InputError(f"--resume: {path} holds no state/ to go on from; run without --resume")
-        return json.loads((path / "config.json").read_text(encoding="utf-8"))
+        earlier = json.loads(needed[0].read_text(encoding="utf-8"))
+        for name in ("model", "seed", "prompts_per_step", "group", "reward", "prompt"):
+            if earlier.get(name) != getattr(settings, name):
+                flag = name.replace("_", "-")
+                raise InputError(f"--resume: {path} was begun with --{flag} {earlier.get(name)}")
+        return earlier
 
     def log(self, row: dict[str, float]) -> None:
-        """Append one step to log.csv and print it: reward and NDCG first, the loss not at all (it is about
-        0)."""
-        path, new = self.path / "log.csv", not (self.path / "log.csv").exists()
+        """Append one step to log.csv and print it, without the loss: on-policy it is about 0."""
+        path = self.path / "log.csv"
+        new = not path.exists() or not path.stat().st_size
         with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, *(k for k in row if k not in COLUMNS)])
+            columns = [*COLUMNS, *(name for name in row if name not in COLUMNS)]
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             if new:
                 writer.writeheader()
-            writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-        tqdm.write(LINE.format(**row))
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        held_out = "  held out {eval_ndcg:.3f} ({eval_low:.3f} to {eval_high:.3f})"
+        tqdm.write((LINE + held_out if "eval_ndcg" in row else LINE).format(**row))
 
     def write_samples(self, step: int, rollouts: Rollouts, group: int) -> None:
-        """Append two rollouts of the step's first prompt, the best and the worst rewarded, to samples.txt;
-        print them."""
+        """Append the best and the worst rollout of the step's first prompt to samples.txt, and print them."""
         order = sorted(range(group), key=lambda i: rollouts.scores[i].reward)
         instance, parts = rollouts.instances[0], []
         for i in (order[-1], order[0]):
             score = rollouts.scores[i]
             parts.append(f"--- step {step}, query {instance.qid}: {instance.query}\n"
                          f"    labels of [1], [2], ...: {instance.labels}\n"
-                         f"    reward {score.reward:+.3f}, NDCG@10 {score.ndcg:.3f}, "
+                         f"    score {score.reward:+.3f}, NDCG@10 {score.ndcg:.3f}, "
                          f"format {score.format1:.0f} {score.format2:.0f}\n{rollouts.texts[i]}\n")
         with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
             file.write("\n".join(parts) + "\n")
         tqdm.write("\n".join(parts))
 
-    def save(self, agent: Agent, optimizer: MasterAdamW | None, step: int) -> None:
-        """Write checkpoint/ and state/, each whole or not at all."""
-        for part in self.path.glob(".*.part"):  # of a save that was interrupted
-            shutil.rmtree(part)
-        part = self.path / ".checkpoint.part"
+    def save(self, agent: Agent, optimizer: MasterAdamW | None, step: int, best: float = -1.0) -> None:
+        """Write checkpoint/ and state/, each whole or not at all. `best` is the best validation so far."""
+        self.save_model(agent, "checkpoint")
+        if optimizer:
+            part = self.path / ".state.part"
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            save_file(optimizer.state(), part / "optimizer.safetensors")
+            (part / "state.json").write_text(json.dumps({"step": step, "best": best}), encoding="utf-8")
+            replace_folder(part, self.path / "state")
+
+    def save_model(self, agent: Agent, name: str) -> None:
+        """Write the model to the folder of this name, whole or not at all, so that others can read it.
+
+        transformers 4, and engines built on it, look for RoPE's base and the precision under their older
+        names (and take 10,000 for a base they do not find), and do not know the class that transformers 5
+        gives a tokenizer.
+        """
+        part = self.path / f".{name}.part"
+        shutil.rmtree(part, ignore_errors=True)  # of a save that was interrupted
         disable_progress_bar()  # of transformers' writing: it would break up our own
         agent.model.save_pretrained(part)
         enable_progress_bar()
         agent.tokenizer.save_pretrained(part)
-        replace_folder(part, self.path / "checkpoint")
-        if optimizer:
-            part = self.path / ".state.part"
-            part.mkdir()
-            save_file(optimizer.state(), part / "optimizer.safetensors")
-            (part / "state.json").write_text(json.dumps({"step": step}), encoding="utf-8")
-            replace_folder(part, self.path / "state")
+        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+        rope = config.get("rope_parameters") or {}
+        config |= {"rope_theta": rope.get("rope_theta", 10_000.0), "torch_dtype": config.get("dtype")}
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        (part / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        path = part / "tokenizer_config.json"
+        text = path.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+        path.write_text(text, encoding="utf-8")
+        replace_folder(part, self.path / name)
 
-    def load_state(self, optimizer: MasterAdamW) -> int:
-        """Restore the optimizer, drop the log's rows behind the saved step; returns the number of steps
-        done."""
-        step = json.loads((self.path / "state" / "state.json").read_text(encoding="utf-8"))["step"]
-        optimizer.load_state(load_file(self.path / "state" / "optimizer.safetensors"))
+    def load_state(self, optimizer: MasterAdamW) -> tuple[int, float]:
+        """Restore the optimizer, drop the log's rows behind the saved step; (steps done, best validation)."""
+        saved = json.loads((whole(self.path / "state") / "state.json").read_text(encoding="utf-8"))
+        step = saved["step"]
+        optimizer.load_state(load_file(whole(self.path / "state") / "optimizer.safetensors"))
         log = self.path / "log.csv"
         if log.exists():
-            head, *rows = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            head, *rows = log.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
             with atomic_write(log) as file:
                 file.writelines([head, *(row for row in rows if int(row.split(",")[0]) <= step)])
-        return step
+        return step, saved.get("best", -1.0)
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put folder `new` in the place of `old`; between the two renames the old one is whole under the name
-    `.old`."""
+    """Put folder `new` in the place of `old`, which between the two renames is whole under `.old` (see
+    `whole`).
+
+    Its files become as readable as the umask allows: safetensors writes them for their owner alone.
+    """
+    os.umask(umask := os.umask(0))  # the only way to ask for it
+    for file in new.iterdir():
+        file.chmod(0o666 & ~umask)
     trash = old.with_name(f".{old.name}.old")
-    shutil.rmtree(trash, ignore_errors=True)
     if old.exists():
+        shutil.rmtree(trash, ignore_errors=True)
         old.rename(trash)
     new.rename(old)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def whole(folder: Path) -> Path:
+    """The folder of this name, or what `replace_folder` called it when it was stopped between its two
+    renames."""
+    trash = folder.with_name(f".{folder.name}.old")
+    return trash if trash.exists() and not folder.exists() else folder
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def check_training_memory(model, settings: Settings) -> None:
-    """InputError, before hours of sampling, where weights, gradients, moments and reference alone exceed a
-    GPU."""
-    if model.device.type != "cuda":
-        return
-    count, size = model.num_parameters(), model.dtype.itemsize
-    reference = size if settings.beta or settings.log_kl else 0
-    needed = count * (size + 4 + reference + (0 if settings.offload else 12))
-    free = torch.cuda.mem_get_info(model.device)[0] + count * size
-    if needed > free:
-        raise InputError(f"training needs {needed / 2**30:.0f} GiB before any activation and the GPU has "
-                         f"{free / 2**30:.0f}: pass --offload, --beta 0 or both, or use a smaller model")
+def memory_rows(config, s: Settings, size: int) -> dict[str, tuple[float, float, float]]:
+    """{what: bytes (on the card while sampling, in the update; in the host)}, for weights of `size` bytes
+    each.
+
+    For prompts and answers of the greatest length, on a card. (A CPU does not fuse rms_norm and keeps more.)
+    """
+    c, N, P, T = config, parameters(config), s.max_prompt_tokens, s.max_new_tokens
+    H, K, layers, hidden = c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers, c.hidden_size
+    D = getattr(c, "head_dim", None) or hidden // H
+    prompt_tokens, answer_tokens = max(P, s.prompt_tokens), max(T, s.answer_tokens)
+    cache = 2 * layers * K * D * size  # a token's keys and values
+    layer = size * (4 * hidden + 3 * H * D + 2 * K * D + 4 * c.intermediate_size)  # kept for a token
+    kept = (prompt_tokens + answer_tokens) * layers * (size * hidden if s.checkpointing else layer)
+    again = layer * answer_tokens if s.checkpointing else 0  # one layer's, computed again
+    reference, state = N * size * bool(s.beta or s.log_kl), N * (12 if s.offload or size < 4 else 8)
+    written = (s.max_rows * T + -(-s.max_rows // s.group) * P) * cache
+    return {
+        "weights": (N * size, N * size, 0),
+        "reference model": (reference, reference, 0),
+        "gradients in float32": (0, 4 * N, 0),
+        "masters and moments": (0, 0, state) if s.offload else (state, state, 0),
+        "keys and values": (written, 2 * prompt_tokens * cache, 0),
+        "activations": (0, kept + again, 0),
+        "attention scores": (8 * s.max_rows * H * P, 10 * H * answer_tokens * max(P, T), 0),
+        "logits": (12 * s.max_rows * c.vocab_size, 10 * min(2**27, answer_tokens * c.vocab_size), 0)}
+
+
+def plan_memory(config, settings: Settings, size: int, card: float, host: float) -> tuple[Settings, str]:
+    """Settings that were left open (None or 0) chosen so that training fits into `card` and `host` bytes, and
+    the plan as text. The faster before the leaner; what is set by hand stays. InputError where nothing fits.
+    """
+    ways = {"offload": (False, True), "checkpointing": (False, True), "answer_tokens": (8192, 4096, 2048),
+            "max_rows": (512, 256, 128, 64, 32)}
+    for name in ways:
+        value = getattr(settings, name)
+        if value is not None and (value or value is False):  # 0 is open, False is not
+            ways[name] = (value,)
+    for values in itertools.product(*ways.values()):
+        chosen = dataclasses.replace(settings, **dict(zip(ways, values)))
+        table = memory_rows(config, chosen, size)
+        *on_card, in_host = (sum(column) for column in zip(*table.values()))
+        if fits := max(on_card) <= 0.95 * card and in_host <= host:  # the rest is the allocator's
+            break
+    lines = [f"{'GiB':24} sampling   update     host"]
+    for name, row in (table | {"together": (*on_card, in_host)}).items():
+        lines.append(f"{name:24}" + "".join(f"{x / 2**30:9.1f}" for x in row))
+    flags = []
+    for name, value in zip(ways, values):
+        flag = name.replace("_", "-")
+        flags.append(f"--{flag} {value}" if type(value) is int else f"--{flag}" if value else f"--no-{flag}")
+    save = parameters(config) * (12 + size) / 2**30
+    lines.append(f"{card / 2**30:.0f} GiB are free on the card, {host / 2**30:.0f} in the host; a save "
+                 f"writes {save:.0f}. Chosen: {' '.join(flags)}")
+    if not fits:
+        raise InputError(f"training needs at least {max(on_card) / 2**30:.0f} GiB on the card and "
+                         f"{in_host / 2**30:.0f} in the host, {card / 2**30:.0f} and {host / 2**30:.0f} are "
+                         "free: use a smaller model, --beta 0 (no reference) or a shorter --max-new-tokens")
+    return chosen, "\n".join(lines)
+
+
+def read_held_out(settings: Settings, trained_on: set[str]) -> tuple[list[Candidates], dict]:
+    """(candidates, qrels) of --eval-data, those with judgements. InputError for queries that are trained on
+    too."""
+    qrels = read_qrels(settings.eval_qrels) if settings.eval_qrels else {}
+    candidates = [c for c in read_candidates(settings.eval_data) if c.qid in qrels]
+    if len(candidates) < 2:
+        raise InputError("--eval-data: expected --eval-qrels with judgements of at least two of its queries")
+    if both := sorted(trained_on & {c.qid for c in candidates}):
+        raise InputError(f"--eval-data: query {both[0]} is trained on; a held-out query must not be")
+    return candidates, qrels
 
 
 def train_model(settings: Settings) -> int:
     """The paper's run on a real model."""
+    settings, plan = planned(settings)
+    print(plan)
+    if settings.plan:
+        return 0
+    source, sft = settings.model, Path(settings.out) / "sft"  # what GRPO starts from, if there is one
     if settings.resume:
         earlier = RunFolder.earlier_config(settings)
         if settings.data == ["auto"]:
             settings.data, settings.qrels = earlier["data"], earlier["qrels"]
-        if settings.sft_steps:
-            raise InputError("--resume goes on with GRPO only: to start it from a supervised checkpoint, "
-                             "pass that as --model, without --sft-steps")
+        source = str(sft) if sft.exists() else source
     elif (Path(settings.out) / "state").exists():
         raise InputError(f"{settings.out} holds an earlier run: pass --resume to go on, or another --out")
-    agent = load_agent(settings.model, settings.device, settings.dtype)
+    agent = load_agent(source, settings.device, settings.dtype)
     expansion = {name: getattr(settings, name) for name in ("draws", "order", "keep", "min_ndcg", "seed")}
     instances, chosen = training_instances(settings.data, settings.qrels, size=settings.window, **expansion)
     settings.data = chosen["data"]  # what auto stood for: --resume keeps to it
+    held_out = read_held_out(settings, {x.qid for x in instances}) if settings.eval_data else None
     print(f"{len(instances)} training instances of {chosen['queries']} queries; {settings.prompts_per_step} "
           f"prompts x {settings.group} rollouts a step, {settings.steps} steps")
-    check_training_memory(agent.model, settings)
     folder = RunFolder(settings, chosen)
-    if settings.sft_steps:
-        try:
+    try:
+        if settings.sft_steps and not settings.resume:
             batches = best_order_batches(agent, instances, settings)
             supervised(agent, batches, settings.sft_steps, settings.sft_lr, settings)
-        finally:
-            folder.save(agent, None, 0)
-    try:
-        train(agent, instances, settings, folder)
-    except torch.OutOfMemoryError:
-        raise InputError("too little GPU memory for a step: lower --answer-tokens, --prompt-tokens or "
-                         "--max-rows, or pass --checkpointing and --offload") from None
-    print(f"{folder.path}/checkpoint is the trained model; rerank with it:\n  python rearank.py --model "
-          f"{folder.path}/checkpoint --prompt {settings.prompt} --input CANDIDATES --output RUN")
+            folder.save_model(agent, "sft")
+        train(agent, instances, settings, folder, held_out=held_out)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError("too little memory for a step: lower --answer-tokens, --prompt-tokens or --max-rows "
+                         "or pass --checkpointing and --offload") from None
+    trained = f"{folder.path}/{'checkpoint' if settings.steps else 'sft'}"
+    print(f"{trained} is the trained model; rerank with it:\n  python rearank.py --model {trained} --prompt "
+          f"{settings.prompt} --input CANDIDATES --output RUN")
     return 0
+
+
+def planned(settings: Settings) -> tuple[Settings, str]:
+    """The settings, made to fit the model's positions and the memory there is (or --memory); the plan as
+    text."""
+    device, (config, _) = pick_device(settings.device), load_config(settings.model)
+    card, host = free_memory(device), free_memory(torch.device("cpu"))
+    half = settings.dtype == "bfloat16" or settings.dtype == "auto" and device.type != "cpu"
+    if settings.memory:  # of another machine, whose host we do not know
+        card, host, half = settings.memory * 2**30, math.inf, settings.dtype != "float32"
+    limits = fit_context(config, settings.max_prompt_tokens, settings.max_new_tokens)
+    settings = dataclasses.replace(settings, max_prompt_tokens=limits[0], max_new_tokens=limits[1])
+    return plan_memory(config, settings, 2 if half else 4, card, host)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,4 @@
-"""The language model: forward pass, sampling, log-probabilities. A prompt is encoded once for all its
-answers.
+"""The language model: forward pass, sampling, log-probabilities, each prompt encoded once for its answers.
 
     agent = load_agent("Qwen/Qwen2.5-7B-Instruct")
     [[answer]] = sample(agent.model, [prompt_ids], max_new_tokens=100, stop_ids=agent.stop_ids)
@@ -7,7 +6,8 @@ answers.
 One long prompt (20 passages) is shared by many short answers, and that is what makes this file fast: a
 prompt's keys and values are computed and kept once, and an answer's attention is put together from two parts,
 the prompt's and its own. `sample` decodes that way, a token of each answer at a time; `microbatches` gives
-whole answers' log-probabilities and gradients. The same lines run on every device, in float32 and bfloat16.
+whole answers' log-probabilities and gradients. One algorithm for every device, in float32 and bfloat16; two
+lines choose the kernel that exists.
 
 Letters in shape comments: R rows (answers), S prompts, G rows of a prompt, T answer tokens, P prompt tokens,
 V vocabulary, H query heads, K key-value heads, n = H / K query heads to a key-value head, D size of a head.
@@ -18,8 +18,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging
 
 from data import InputError
 
@@ -65,17 +70,17 @@ def forward(model, ids: Tensor, positions: Tensor, attend: Attend, only: Tensor 
 
 def transformer_block(layer, x: Tensor, rotary: tuple, attend: Attend, only: Tensor | None) -> Tensor:
     """One layer of Qwen2, Qwen3, Llama or Mistral: attention and MLP, each added to x [B, T, hidden]."""
-    own = layer.self_attn
-    normed = rms_norm(layer.input_layernorm, x)
-    query, key, value = (project(normed).unflatten(-1, (-1, own.head_dim)).transpose(1, 2)
-                         for project in (own.q_proj, own.k_proj, own.v_proj))  # [B, H or K, T, D] each
-    if hasattr(own, "q_norm"):  # Qwen3
-        query, key = rms_norm(own.q_norm, query), rms_norm(own.k_norm, key)
-    query, key = rotate(query, *rotary), rotate(key, *rotary)
+    attention, normed = layer.self_attn, rms_norm(layer.input_layernorm, x)
+    query, key, value = (project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                         for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+    if hasattr(attention, "q_norm"):  # Qwen3
+        query, key = rms_norm(attention.q_norm, query), rms_norm(attention.k_norm, key)
+    query, key = rotate(query, *rotary), rotate(key, *rotary)  # [B, H, T, D], [B, K, T, D]
     if only is not None:
         rows = torch.arange(len(x), device=x.device)
         x, query = x[rows, only][:, None], query[rows, :, only][:, :, None]  # [B, 1, hidden], [B, H, 1, D]
-    x = x + own.o_proj(attend(own.layer_idx, query, key, value, own.scaling).transpose(1, 2).flatten(2))
+    mixed = attend(attention.layer_idx, query, key, value, attention.scaling)
+    x = x + attention.o_proj(mixed.transpose(1, 2).flatten(2))
     return x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))
 
 
@@ -108,43 +113,40 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 class EncodedPrompts:
     """S prompts' keys and values, a tensor [S, K, P, D] a layer, right-padded to P.
 
-    `lengths` [S], on the CPU, counts real tokens. `last_hidden` [S, hidden] is the final hidden state of each
-    prompt's last token, which predicts the first token of an answer.
+    `sizes` counts real tokens; `lengths` [S] is the same as a tensor on the CPU. `last_hidden` [S, hidden] is
+    the final hidden state of each prompt's last token, which predicts the first token of an answer.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    lengths: Tensor
+    sizes: list[int]
     last_hidden: Tensor
 
-
-class PromptAttention:
-    """Causal attention of S prompts over themselves; keeps each layer's keys and values [S, K, P, D]."""
-
-    def __init__(self, lengths: Tensor):
-        self.keys, self.values, self.lengths = {}, {}, lengths
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self.keys.setdefault(layer, key)  # the first: checkpointing comes here again, backwards
-        self.values.setdefault(layer, value)
-        last = query.shape[2] < key.shape[2]  # only a prompt's last token asks: it sees the whole prompt
-        mask = token_mask(self.lengths, key.shape[2])[:, None, None] if last else None
-        share = query.shape[1] // key.shape[1]
-        if share > 1 and query.dtype == torch.float32:  # no float32 kernel of a GPU shares heads
-            key, value, share = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1), 1
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=not last, scale=scaling,
-                                              enable_gqa=share > 1)
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor(self.sizes)
 
 
 def encode_prompts(model, prompts: Sequence[Sequence[int]], checkpointing: bool = False) -> EncodedPrompts:
     """One forward pass over S prompts. Their right padding is harmless: no real token looks to its right."""
     ids = padded(prompts, model.device)  # [S, P]
-    lengths = torch.tensor([len(p) for p in prompts])
-    attention, last = PromptAttention(lengths.to(ids.device)), (lengths - 1).to(ids.device)
-    hidden = forward(model, ids, torch.arange(ids.shape[1], device=ids.device)[None], attention.attend, last,
-                     checkpointing)
-    keys, values = ([kept[i] for i in range(len(kept))] for kept in (attention.keys, attention.values))
-    return EncodedPrompts(keys, values, lengths, hidden[:, 0])
+    sizes = [len(p) for p in prompts]
+    lengths, positions = torch.tensor(sizes, device=ids.device), torch.arange(ids.shape[1], device=ids.device)
+    keys, values = {}, {}  # of each layer, [S, K, P, D]
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys.setdefault(layer, key)  # the first: checkpointing comes here again, backwards
+        values.setdefault(layer, value)
+        last = query.shape[2] < key.shape[2]  # only a prompt's last token asks: it sees the whole prompt
+        mask = token_mask(lengths, key.shape[2])[:, None, None] if last else None
+        share = query.shape[1] // key.shape[1]
+        if share > 1 and query.dtype == torch.float32:  # a GPU has no float32 kernel for shared heads
+            key, value, share = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1), 1
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=not last, scale=scaling,
+                                              enable_gqa=share > 1)
+
+    hidden = forward(model, ids, positions[None], attend, lengths - 1, checkpointing)
+    return EncodedPrompts(list(keys.values()), list(values.values()), sizes, hidden[:, 0])
 
 
 def chunks(prompts: Sequence[Sequence[int]], prompt_tokens: int) -> Iterator[slice]:
@@ -208,6 +210,11 @@ def attend_part_backward(grad: Tensor, query: Tensor, keys: Tensor, values: Tens
     return dscores @ keys, dscores.transpose(-1, -2) @ query, weights.to(grad.dtype).transpose(-1, -2) @ grad
 
 
+def join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
+    """Two parts' outputs [..., D] as one softmax gives them: exp(a) / (exp(a) + exp(b)) is sigmoid(a - b)."""
+    return torch.lerp(out, other, torch.sigmoid(other_lse - lse))
+
+
 class SharedAttention(torch.autograd.Function):
     """Attention of whole answers over the prompt that they share and, causally, over themselves.
 
@@ -221,13 +228,13 @@ class SharedAttention(torch.autograd.Function):
         ctx.parts, ctx.scaling = parts, scaling
         ctx.bias = torch.full((T, T), -torch.inf, device=query.device).triu(1).repeat(H // K, 1)  # [n T, T]
         grouped = query.reshape(-1, K, H // K * T, D)
-        own, own_lse = attend_part(grouped, key, value, scaling, ctx.bias)
+        own, own_lse = attend_part(grouped, key, value, scaling, ctx.bias)  # [R, K, n T, D or 1]
         shared, shared_lse = torch.empty_like(own), torch.empty_like(own_lse)
         for prompt, rows, length in parts:
-            place = slice(prompt, prompt + 1), slice(None), slice(length)
-            part = attend_part(to_one_row(grouped[rows]), prompt_keys[place], prompt_values[place], scaling)
+            where = slice(prompt, prompt + 1), slice(None), slice(length)  # [1, K, length, D] of the prompts
+            part = attend_part(to_one_row(grouped[rows]), prompt_keys[where], prompt_values[where], scaling)
             shared[rows], shared_lse[rows] = (from_one_row(x, grouped[rows]) for x in part)
-        out = torch.lerp(own, shared, torch.sigmoid(shared_lse - own_lse)).to(value.dtype)
+        out = join(own, own_lse, shared, shared_lse).to(value.dtype)
         lse = torch.logaddexp(shared_lse, own_lse)
         ctx.save_for_backward(grouped, key, value, prompt_keys, prompt_values, out, lse)
         return out.view(query.shape)
@@ -239,11 +246,11 @@ class SharedAttention(torch.autograd.Function):
         dquery, dkey, dvalue = attend_part_backward(grad, query, key, value, out, lse, ctx.scaling, ctx.bias)
         dkeys, dvalues = torch.zeros_like(prompt_keys), torch.zeros_like(prompt_values)
         for prompt, rows, length in ctx.parts:
-            place = slice(prompt, prompt + 1), slice(None), slice(length)
+            where = slice(prompt, prompt + 1), slice(None), slice(length)
             g, q, o, norm = (to_one_row(x[rows]) for x in (grad, query, out, lse))
-            part = attend_part_backward(g, q, prompt_keys[place], prompt_values[place], o, norm, ctx.scaling)
+            part = attend_part_backward(g, q, prompt_keys[where], prompt_values[where], o, norm, ctx.scaling)
             dquery[rows] += from_one_row(part[0], query[rows])
-            dkeys[place], dvalues[place] = part[1:]
+            dkeys[where], dvalues[where] = part[1:]
         return dquery.view(shape), dkey, dvalue, dkeys, dvalues, None, None
 
 
@@ -284,8 +291,9 @@ def pick_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
 class Cohort:
     """Answers begun together, a group to each of S prompts; all that are still being written have one length.
 
-    Of each layer the prompts' keys and values exist once, [S, K, P, D]; the rows' own, [2, R, K, width, D],
-    have room for more than the `length` tokens read so far. Rows stand in the order of their prompts.
+    Of each layer the prompts' keys and values exist once, [S, K, P, D]; the rows' own, `cache` [2, R, K,
+    width, D], has room for more than the `length` tokens read so far. Rows stand in the order of their
+    prompts.
     """
 
     def __init__(self, model, prompts: Sequence[Sequence[int]], group: int, answers: Sequence[int]):
@@ -299,7 +307,7 @@ class Cohort:
             for kept in ([part.keys for part in parts], [part.values for part in parts]))
         self.owner = [p for p in range(len(prompts)) for _ in range(group)]  # [R] each row's prompt
         self.length, self.device = 0, model.device
-        self.own = [x.new_empty(2, len(self.answers), x.shape[1], 0, x.shape[3]) for x in self.keys]
+        self.cache = [x.new_empty(2, len(self.answers), x.shape[1], 0, x.shape[3]) for x in self.keys]
         last_hidden = torch.cat([p.last_hidden for p in parts])
         self.logits = model.lm_head(last_hidden).repeat_interleave(group, 0)  # [R, V] of the next tokens
         self.tokens: Tensor | None = None  # [R] each row's newest token, not yet read
@@ -309,11 +317,12 @@ class Cohort:
         """Where rows stand when they meet their prompts as [S, G]; G is the largest group still alive."""
         lengths, width = torch.tensor(self.prompt_lengths), self.keys[0].shape[2]
         first = {p: r for r, p in reversed([*enumerate(self.owner)])}
-        place = [r - first[p] for r, p in enumerate(self.owner)]  # among the rows of its prompt
-        grid = torch.zeros(len(lengths), max(place) + 1, dtype=torch.long)  # elsewhere row 0, unread
-        grid[self.owner, place] = torch.arange(len(place))
-        self.grid, self.starts = grid.to(self.device), lengths[self.owner].to(self.device)  # [S, G], [R]
-        self.place = torch.tensor(self.owner, device=self.device), torch.tensor(place, device=self.device)
+        rank = [r - first[p] for r, p in enumerate(self.owner)]  # a row's number among those of its prompt
+        grid = torch.zeros(len(lengths), max(rank) + 1, dtype=torch.long)  # elsewhere row 0, unread
+        grid[self.owner, rank] = torch.arange(len(rank))
+        self.grid = grid.to(self.device)
+        self.cell = torch.tensor(self.owner, device=self.device), torch.tensor(rank, device=self.device)
+        self.starts = lengths[self.owner].to(self.device)  # [R]
         self.bias = None  # [S, 1, 1, P], -inf where a prompt has padding
         if min(self.prompt_lengths) < width:
             bias = torch.zeros(len(lengths), width).masked_fill_(~token_mask(lengths, width), -torch.inf)
@@ -323,8 +332,8 @@ class Cohort:
         """Only these rows go on, and the prompts that they read."""
         alive, all_prompts = sorted({self.owner[r] for r in rows}), len(self.prompt_lengths)
         index, kept = torch.tensor(rows, device=self.device), torch.tensor(alive, device=self.device)
-        for layer in range(len(self.own)):  # one at a time: all of them twice would be much memory
-            self.own[layer] = self.own[layer][:, index]
+        for layer in range(len(self.cache)):  # one at a time: all of them twice would be much memory
+            self.cache[layer] = self.cache[layer][:, index]
             if len(alive) < all_prompts:
                 self.keys[layer], self.values[layer] = self.keys[layer][kept], self.values[layer][kept]
         self.owner, self.answers = [alive.index(self.owner[r]) for r in rows], [self.answers[r] for r in rows]
@@ -332,17 +341,17 @@ class Cohort:
         self.arrange()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attention of each row's newest token, [R, H, 1, D] from query so and key, value [R, K, 1, D]."""
+        """Of each row's newest token: query, and what is returned, [R, H, 1, D]; key, value [R, K, 1, D]."""
         (R, H, _, D), K = query.shape, key.shape[1]
-        if self.length == self.own[layer].shape[3]:  # full: half as much room again
-            self.own[layer] = F.pad(self.own[layer], (0, 0, 0, max(32, self.length // 2)))
-        self.own[layer][:, :, :, self.length] = torch.stack([key, value])[:, :, :, 0]
+        if self.length == self.cache[layer].shape[3]:  # full: half as much room again
+            self.cache[layer] = F.pad(self.cache[layer], (0, 0, 0, max(32, self.length // 2)))
+        self.cache[layer][:, :, :, self.length] = torch.stack([key, value])[:, :, :, 0]
         query = query.view(R, K, H // K, D)
-        own, own_lse = attend_part(query, *self.own[layer][:, :, :, :self.length + 1], scaling)
+        own, own_lse = attend_part(query, *self.cache[layer][:, :, :, :self.length + 1], scaling)
         grid = query[self.grid].transpose(1, 2).flatten(2, 3)  # [S, K, G n, D]
         parts = attend_part(grid, self.keys[layer], self.values[layer], scaling, self.bias)
-        shared, shared_lse = (x.unflatten(2, (-1, H // K)).transpose(1, 2)[self.place] for x in parts)
-        return torch.lerp(own, shared, torch.sigmoid(shared_lse - own_lse)).to(value.dtype).view(R, H, 1, D)
+        shared, shared_lse = (x.unflatten(2, (-1, H // K)).transpose(1, 2)[self.cell] for x in parts)
+        return join(own, own_lse, shared, shared_lse).to(value.dtype).view(R, H, 1, D)
 
 
 def read_tokens(model, cohorts: Sequence[Cohort]) -> None:
@@ -371,9 +380,9 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int = 1, max_new_toke
     """Draw `group` answers to each prompt. Returns one list of completions per prompt, in the prompts' order.
 
     Each prompt is encoded once for its whole group. Rows that have ended leave, and when a quarter of the
-    rows is free the next prompts come in: up to `max_rows` answers are written at any time. The same seed
-    gives the same tokens whatever `max_rows` is (up to rounding). `progress` is called with the number of
-    answers just ended.
+    rows is free the next prompts come in: up to `max_rows` answers (one group at least) are written at a
+    time. The same seed gives the same tokens whatever `max_rows` is (up to rounding). `progress` is called
+    with the number of answers just ended.
     """
     total, begun, cohorts = len(prompts) * group, 0, []
     numbers, generator = max_new_tokens if temperature else 1, torch.Generator().manual_seed(seed)
@@ -434,22 +443,28 @@ def microbatches(model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequ
     `answers` is flat: len(prompts) groups of equal size, one after the other; `groups` are the numbers of
     those to visit (default: all). A prompt is encoded once, with its graph; its keys, values and last hidden
     state are cut off as leaves. Micro-batches add up gradients there, and one backward pass carries the sums
-    through the prompt. So a micro-batch's size changes the memory, not the result (but for bfloat16 sums).
+    through the prompt (not if the loop is left by break). So a micro-batch's size changes the memory, not the
+    result (but for the rounding of bfloat16 sums). ValueError for an empty answer or no temperature.
     """
-    groups, G = range(len(prompts)) if groups is None else groups, len(answers) // max(1, len(prompts))
+    if temperature <= 0 or not all(answers):
+        raise ValueError("expected a temperature above 0 and no empty answer")
+    groups = range(len(prompts)) if groups is None else groups
+    G = len(answers) // max(1, len(prompts))
     for chunk in chunks([prompts[g] for g in groups], prompt_tokens):
         encoded = encode_prompts(model, [prompts[g] for g in groups[chunk]], checkpointing)
-        outputs, layers = [*encoded.keys, *encoded.values, encoded.last_hidden], len(encoded.keys)
+        layers = len(encoded.keys)
+        outputs = [*encoded.keys, *encoded.values, encoded.last_hidden]  # all that answers see of a prompt
         leaves = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
-        cut = EncodedPrompts(leaves[:layers], leaves[layers:-1], encoded.lengths, leaves[-1])
+        cut = EncodedPrompts(leaves[:layers], leaves[layers:-1], encoded.sizes, leaves[-1])
         # (prompt, row) of each answer. Those of like length share a micro-batch, which leaves little padding.
         waiting = [(s, g * G + i) for s, g in enumerate(groups[chunk]) for i in range(G)]
         waiting.sort(key=lambda pair: -len(answers[pair[1]]))
         while waiting:
             count = max(1, answer_tokens // len(answers[waiting[0][1]]))
-            (owner, rows), waiting = zip(*sorted(waiting[:count])), waiting[count:]
-            now = answer_logps(model, cut, owner, [answers[r] for r in rows], temperature, checkpointing)
-            yield Microbatch(torch.tensor(rows, device=model.device), *now)
+            owner, rows = zip(*sorted(waiting[:count]))
+            waiting = waiting[count:]
+            logps = answer_logps(model, cut, owner, [answers[r] for r in rows], temperature, checkpointing)
+            yield Microbatch(torch.tensor(rows, device=model.device), *logps)
         reached = [(x, leaf.grad) for x, leaf in zip(outputs, leaves) if leaf.grad is not None]
         if reached:
             torch.autograd.backward(*zip(*reached))
@@ -465,29 +480,32 @@ def answer_logps(model, prompts: EncodedPrompts, owner: Sequence[int], answers: 
     there is a token, `chunk` tokens at a time, and a chunk's logits are computed again going backward.
     """
     ids = padded(answers, model.device)  # [R, T]
-    (R, T), device, lengths = ids.shape, ids.device, torch.tensor([len(a) for a in answers])
+    (R, T), device = ids.shape, ids.device
     hidden = prompts.last_hidden[torch.tensor(owner, device=device)][:, None]  # predicts the first token
     if T > 1:
-        starts, (keys, values) = prompts.lengths[list(owner)], (prompts.keys, prompts.values)
-        parts = [(p, slice(owner.index(p), owner.index(p) + owner.count(p)), int(prompts.lengths[p]))
-                 for p in sorted(set(owner))]
+        keys, values = prompts.keys, prompts.values
+        shared = [(p, slice(owner.index(p), owner.index(p) + owner.count(p)), size)
+                  for p, size in enumerate(prompts.sizes) if p in owner]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-            return SharedAttention.apply(query, key, value, keys[layer], values[layer], parts, scaling)
+            return SharedAttention.apply(query, key, value, keys[layer], values[layer], shared, scaling)
 
-        positions = (starts[:, None] + torch.arange(T - 1)).to(device)
+        starts = prompts.lengths[list(owner)][:, None]
+        positions = (starts + torch.arange(T - 1)).to(device)
         hidden = torch.cat([hidden, forward(model, ids[:, :-1], positions, attend, None, checkpointing)], 1)
-    place = token_mask(lengths, T).flatten().nonzero()[:, 0].to(device)  # [N] where a token is, among R T
+    places = [r * T + t for r, answer in enumerate(answers) for t in range(len(answer))]  # where tokens are
+    place = torch.tensor(places, device=device)  # [N]
     hidden, targets = hidden.flatten(0, 1)[place], ids.flatten()[place]  # [N, hidden], [N]
-    project, elements = project_logps, 2**23 if device.type == "cpu" else 2**27  # 32 MiB, 512 MiB of logits
+    elements = 2**23 if device.type == "cpu" else 2**27  # of logits: 32 MiB, 512 MiB
     chunk = chunk or max(1, elements // model.lm_head.weight.shape[0])
-    if len(place) > chunk and torch.is_grad_enabled():
+    project = project_logps
+    if len(places) > chunk and torch.is_grad_enabled():
         project = functools.partial(checkpoint, project_logps, use_reentrant=False)
     pieces = zip(hidden.split(chunk), targets.split(chunk))
     pieces = [project(h, model.lm_head, t, temperature) for h, t in pieces]
     logps, entropy = (torch.zeros(R * T, device=device).index_copy(0, place, torch.cat(piece)).view(R, T)
                       for piece in zip(*pieces))
-    return logps, entropy, lengths.to(device)
+    return logps, entropy, torch.tensor([len(a) for a in answers], device=device)
 
 
 def project_logps(hidden: Tensor, head, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -516,6 +534,13 @@ class Agent:
     def __post_init__(self):
         check_architecture(self.model.config)
 
+    @property
+    def end_id(self) -> int:
+        """What ends a supervised answer: the chat template's end of turn rather than a base model's own
+        end."""
+        turn_end = self.tokenizer.get_vocab().get("<|im_end|>", self.tokenizer.eos_token_id)
+        return self.stop_ids[0] if turn_end is None else turn_end
+
     def decode(self, completion: Completion) -> str:
         """The text of an answer, without the end token."""
         ids = completion.ids[:-1] if completion.finished else completion.ids
@@ -524,19 +549,20 @@ class Agent:
 
 @torch.no_grad()
 def check_architecture(config) -> None:
-    """InputError unless a model of this configuration computes what `forward` does; else it would be silently
-    wrong.
+    """InputError unless `forward` computes what this configuration's model computes: else all would be wrong.
 
-    Compared on a miniature, two small layers with random weights in float32, so that neither the real weights
-    nor their precision matter: the logits of two tokens, by prompt and by decoding step, against
-    transformers' own.
+    Compared on a miniature with random weights in float32, so that neither the real weights nor their
+    precision matter: the logits of two tokens, by prompt and by decoding step, against transformers' own.
     """
     kind, rope = config.model_type, (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if kind not in ("qwen2", "qwen3", "llama", "mistral") or rope in ("dynamic", "longrope"):
         raise InputError(f"{kind} with {rope} position embeddings: only Qwen2, Qwen3, Llama and Mistral are "
                          "supported, with embeddings that do not change with the length of the text")
-    window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or []
-    if window or set(layers) - {"full_attention"}:
+    if getattr(config, "quantization_config", None):
+        raise InputError("its weights are quantised, which can neither be trained nor read here; use the "
+                         "unquantised model, or for reranking a server that reads them")
+    layers = set(getattr(config, "layer_types", None) or [])
+    if getattr(config, "sliding_window", None) or layers - {"full_attention"}:
         raise InputError(f"{kind} with sliding windows: only full attention in every layer is supported")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -550,7 +576,7 @@ def check_architecture(config) -> None:
 
 
 def miniature(config):
-    """A float32 model of the same architecture with two small layers; all weights random, norms and biases
+    """A float32 model of the same architecture: two small layers, all weights random, norms and biases
     too."""
     config, small = copy.deepcopy(config), {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -565,13 +591,14 @@ def miniature(config):
     return model
 
 
-def stop_ids(model, tokenizer) -> list[int]:
+def find_stop_ids(model, tokenizer) -> list[int]:
     """Every id that ends a turn: a base model's own end token is rarely the one its chat template writes."""
     ids = {tokenizer.eos_token_id}
-    for own in (model.generation_config.eos_token_id, model.config.eos_token_id):
-        ids |= set(own if isinstance(own, list) else [own])
-    marks = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
-    return sorted(i for i in ids | {tokenizer.get_vocab().get(mark) for mark in marks} if isinstance(i, int))
+    for configured in (model.generation_config.eos_token_id, model.config.eos_token_id):
+        ids |= set(configured if isinstance(configured, list) else [configured])
+    vocabulary = tokenizer.get_vocab()
+    ids |= {vocabulary.get(mark) for mark in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")}
+    return sorted(i for i in ids if isinstance(i, int))
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -582,58 +609,111 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device(here[0] if device == "auto" else device)
 
 
-def load_agent(name: str, device: str = "auto", dtype: str = "auto") -> Agent:
-    """Load a model and its tokenizer from a folder or the Hugging Face hub: float32 on a CPU, else bfloat16.
+def has_native_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16 (AMX, AVX-512), twice as fast as in float32."""
+    features = getattr(torch.cpu, "get_capabilities", dict)()  # which torch 2.11 lacks
+    return any(there and "bf16" in name for name, there in features.items())
 
-    InputError, in one sentence with what to do, where that fails: no such folder, no network, no chat
-    template.
-    """
-    place = pick_device(device)
-    if dtype == "auto":
-        dtype = "float32" if place.type == "cpu" else "bfloat16"
+
+def load_config(name: str):
+    """(a checked configuration, how to load the rest), from a folder or the hub. InputError in one
+    sentence."""
     a_path = name.startswith((".", "/", "~")) or Path(name).exists() or name.count("/") != 1
     if a_path and not (Path(name) / "config.json").is_file():
         raise InputError(f"--model {name}: no such model folder (one with config.json, as save_pretrained "
                          "writes it; or pass a hub name like Qwen/Qwen2.5-7B)")
+    source = {"local_files_only": a_path or not hub_answers()}
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **source)
         check_architecture(config)
-        tokenizer = load_tokenizer(name)
-        if not tokenizer.chat_template:
-            raise InputError("its tokenizer has no chat template; use the model's instruct variant, or put a "
-                             "chat_template.jinja into its folder")
-        check_memory(config, getattr(torch, dtype), place)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(place).eval()
     except InputError as error:
         raise InputError(f"--model {name}: {error}") from None
-    except torch.OutOfMemoryError:
-        raise InputError(f"--model {name}: too little memory on {place}; use a smaller model") from None
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"--model {name}: cannot be loaded ({reason}); without a network, pass a folder "
-                         "that holds the model, downloaded elsewhere with `hf download`") from None
-    return Agent(model, tokenizer, stop_ids(model, tokenizer))
+    except (OSError, ValueError) as error:
+        raise cannot_load(name, error) from None
+    return config, source
 
 
-def load_tokenizer(name: str):
+def load_agent(name: str, device: str = "auto", dtype: str = "auto") -> Agent:
+    """Load a model and its tokenizer from a folder or the Hugging Face hub: float32 on a CPU, else bfloat16.
+
+    InputError, in one sentence with what to do, where that fails or a tensor is not as the config says.
+    """
+    place, (config, source) = pick_device(device), load_config(name)
+    if dtype == "auto":
+        dtype = "float32" if place.type == "cpu" else "bfloat16"
+    needed, free = parameters(config) * getattr(torch, dtype).itemsize, free_memory(place)
+    if needed > free:
+        raise InputError(f"--model {name}: its weights take {needed / 2**30:.1f} GiB and {place} has "
+                         f"{free / 2**30:.1f} GiB free; use a smaller model, or --device cpu")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers' table of tensors that do not fit: ours is one line
+    try:
+        tokenizer = load_tokenizer(name, **source)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source)
+        model = model.to(place).eval()
+    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
+        raise cannot_load(name, error) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    faults = [f"its config asks for {tensor}, which its weights lack" for tensor in found["missing_keys"]]
+    faults += [f"{tensor} is {list(there)} in its weights, {list(wanted)} by its config"
+               for tensor, there, wanted in found["mismatched_keys"]]
+    if not tokenizer.chat_template:
+        faults.append("its tokenizer has no chat template; use the model's instruct variant, or put a "
+                      "chat_template.jinja into its folder")
+    if faults:
+        raise InputError(f"--model {name}: {faults[0]}")
+    return Agent(model, tokenizer, find_stop_ids(model, tokenizer))
+
+
+def cannot_load(name: str, error: BaseException) -> InputError:
+    """In one sentence, why a model cannot be loaded. Memory that has run out is no fault of the model's."""
+    if out_of_memory(error):
+        return InputError(f"--model {name}: too little memory; use a smaller model")
+    reason = str(error).strip().split("\n")[0]
+    return InputError(f"--model {name}: cannot be loaded ({reason}); without a network, pass a folder that "
+                      "holds the model, downloaded elsewhere with `hf download`")
+
+
+def parameters(config) -> int:
+    """The number of weights of a model of this configuration, without making them."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def free_memory(device: torch.device) -> float:
+    """Free bytes of a GPU, or of the host for other devices (infinite where one cannot ask)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not (memory := Path("/proc/meminfo")).exists():
+        return float("inf")
+    return int(memory.read_text().split("MemAvailable:")[1].split()[0]) * 1024
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, a GPU's or the host's, has run out."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def hub_answers(seconds: float = 2.0) -> bool:
+    """Whether the hub, or the mirror in HF_ENDPOINT, can be reached: its client would try for half a
+    minute."""
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if getproxies():  # then the way there is not a direct one
+        return True
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), seconds).close()
+    except OSError:
+        return False
+    return True
+
+
+def load_tokenizer(name: str, **source):
     """The tokenizer a checkpoint declares. AutoTokenizer alone would, for a Qwen2 model, put Qwen's own
     splitting rules in the place of any other tokenizer.json: a checkpoint of the toy run would then read
     every word as unknown."""
-    declared = get_tokenizer_config(name).get("tokenizer_class")
+    declared = get_tokenizer_config(name, **source).get("tokenizer_class")
     generic = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name)
-
-
-def check_memory(config, dtype: torch.dtype, device: torch.device) -> None:
-    """InputError where the bare weights are larger than the memory there is (where one can ask for it)."""
-    with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(config).num_parameters() * dtype.itemsize
-    free, memory = float("inf"), Path("/proc/meminfo")
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif memory.exists():
-        free = int(memory.read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    if weights > free:
-        needs, has = f"{weights / 2**30:.1f} GiB", f"{free / 2**30:.1f} GiB"
-        raise InputError(f"its weights take {needs} and {device} has {has} free; use a smaller model, or "
-                         "--device cpu")
+    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name, **source)

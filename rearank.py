@@ -20,14 +20,14 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import (Candidates, InputError, check_run, command_line, read_candidates, run_main, setting,
                   write_run)
-from model import Agent, Completion, load_agent, sample
+from model import Agent, Completion, has_native_bfloat16, load_agent, pick_device, sample
 from reward import parse_ranking
 
 # ------------------------------------------------------------------------------------------------------------
@@ -48,8 +48,7 @@ STEPS = ("Follow these steps exactly:",
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A chat: system, first user turn, one turn per passage, last user turn. {query} and {num} are filled
-    in."""
+    """A chat: system, first user turn, one turn per passage, last user turn. Fills in {query} and {num}."""
 
     system: str
     first: str
@@ -109,28 +108,71 @@ def build_messages(query: str, passages: list[str], prompt: str = "rearank",
     return [{"role": role, "content": content} for role, content in turns if content]
 
 
-def encode_prompt(tokenizer, query: str, passages: list[str], prompt: str = "rearank", max_tokens: int = 4096,
-                  answer_start: str = "") -> list[int]:
-    """Token ids of the whole prompt, ready for the model's answer (which begins with `answer_start`, if
-    given).
+def render_chat(tokenizer, messages: list[dict]) -> str:
+    """The chat as text by the tokenizer's own template, up to where the model's answer begins.
 
-    A prompt over `max_tokens` (some BRIGHT queries have thousands of tokens) is made to fit: first the query
-    is cut to a quarter of the room, then the passages are cut shorter and shorter. InputError where even that
-    is too long.
+    Where a template refuses a system turn (Mistral's), its text begins the first user turn. InputError where
+    it refuses that too.
+    """
+    folded = messages
+    if messages[0]["role"] == "system":
+        content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        folded = [{"role": "user", "content": content}, *messages[2:]]
+    for turns in (messages, folded):
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever a template raises
+            reason = " ".join(str(error).split())
+    raise InputError(f"the model's chat template cannot write this chat: {reason}")
+
+
+def answer_start(tokenizer, think: bool = True) -> tuple[str, str]:
+    """(what the template has opened of the answer, what we add to the prompt): what a response begins with.
+
+    Templates of reasoning models open <think> themselves, which belongs to the response: else it could never
+    earn format1. Without thinking an empty block is filled in, or the open one closed.
+    """
+    text = render_chat(tokenizer, [{"role": "user", "content": "x"}])
+    opened = text[text.rindex("<think>"):] if text.rstrip().endswith("<think>") else ""
+    return opened, "" if think else "</think>" if opened else "<think> </think>"
+
+
+def encode_prompt(tokenizer, query: str, passages: list[str], prompt: str = "rearank", max_tokens: int = 4096,
+                  start: str = "") -> list[int]:
+    """Token ids of the whole prompt, ready for the model's answer, of which `start` is given. See
+    `fit_prompt`."""
+    return fit_prompt(tokenizer, query, passages, prompt, max_tokens, start)[0]
+
+
+def fit_prompt(tokenizer, query: str, passages: list[str], prompt: str, max_tokens: int,
+               start: str = "") -> tuple[list[int], bool]:
+    """(token ids of the prompt, whether it had to be cut).
+
+    One over `max_tokens` (some BRIGHT queries have thousands) is made to fit: first the query is cut to a
+    quarter of the room, then the passages shorter and shorter. InputError where even that is too long.
     """
     def encode(query: str, chars: int | None) -> list[int]:
-        text = tokenizer.apply_chat_template(build_messages(query, passages, prompt, chars), tokenize=False,
-                                             add_generation_prompt=True)
-        return tokenizer(text + answer_start, add_special_tokens=False)["input_ids"]
+        text = render_chat(tokenizer, build_messages(query, passages, prompt, chars))
+        return tokenizer(text + start, add_special_tokens=False)["input_ids"]
 
     ids = encode(query, None)
     if len(ids) <= max_tokens:
-        return ids
+        return ids, False
     query = tokenizer.decode(tokenizer(query, add_special_tokens=False)["input_ids"][:max_tokens // 4])
     for chars in (None, 300, 200, 100, 50):
         if len(ids := encode(query, chars)) <= max_tokens:
-            return ids
+            return ids, True
     raise InputError(f"{len(passages)} passages do not fit into {max_tokens} tokens: use a smaller window")
+
+
+def fit_context(config, max_prompt_tokens: int, max_new_tokens: int) -> tuple[int, int]:
+    """(prompt tokens, new tokens): at most these, and together no more than the positions that the model
+    has."""
+    positions = getattr(config, "max_position_embeddings", None) or max_prompt_tokens + max_new_tokens
+    new = min(max_new_tokens, positions // 2)
+    if new < max_new_tokens:
+        print(f"the model has {positions} positions: answers end at {new} tokens", file=sys.stderr)
+    return min(max_prompt_tokens, positions - new), new
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -138,8 +180,7 @@ def encode_prompt(tokenizer, query: str, passages: list[str], prompt: str = "rea
 
 
 def window_bounds(n: int, window: int = 20, step: int = 10) -> list[tuple[int, int]]:
-    """(start, end) of each window over n ranks, in the order they are ranked: from the list's end to its
-    head.
+    """(start, end) of each window over n ranks, in the order of ranking: from the end to the head.
 
     The last one begins at rank 0 for every n; a list no longer than `window` has one, one under two items
     none. ValueError unless 0 < step <= window: else some ranks would never be read.
@@ -158,8 +199,7 @@ def window_bounds(n: int, window: int = 20, step: int = 10) -> list[tuple[int, i
 
 def sliding_window(items: list, rank_window: Callable[[list], list[int]], window: int = 20,
                    step: int = 10) -> list:
-    """Rerank a list by windows that slide from its end to its head, so that the best items bubble up. Section
-    3.1.
+    """Rerank a list by windows that slide from its end to its head: the best bubble up. Section 3.1.
 
     `rank_window` gets a window's items in present order and returns their 0-based positions, best first.
     Returns a new list. ValueError unless 0 < step <= window and each order is a permutation.
@@ -180,8 +220,7 @@ def sliding_window(items: list, rank_window: Callable[[list], list[int]], window
 
 @dataclasses.dataclass
 class Window:
-    """One call of the model: the window's positions in the input list, its answer, how that was read, the new
-    order."""
+    """One call of the model: the window's positions in the input list, the answer, how it was read."""
 
     positions: list[int]
     response: str
@@ -189,6 +228,7 @@ class Window:
     order: list[int]  # positions in the input list, best first
     tokens: int
     prompt_tokens: int
+    prompt_cut: bool  # whether query or passages had to be cut for the prompt to fit
     finished: bool
 
     @property
@@ -200,8 +240,7 @@ class Window:
 
 @dataclasses.dataclass
 class Result:
-    """A document in its new place: `index` its position in the input (0-based), `rank` its new one
-    (1-based)."""
+    """A document in its new place: `index` in the input (from 0), `rank` in the output (from 1)."""
 
     index: int
     rank: int
@@ -246,19 +285,22 @@ class Reranker:
     def __post_init__(self):
         build_messages("", [], self.prompt)  # raises for an unknown prompt, before anything is loaded
         window_bounds(0, self.window, self.step)
-        loaded = isinstance(self.model, Agent)
-        self.agent = self.model if loaded else load_agent(self.model, self.device, self.dtype)
-        self.calls = 0
+        if not isinstance(self.model, Agent):
+            native = self.dtype == "auto" and pick_device(self.device).type == "cpu" and has_native_bfloat16()
+            self.model = load_agent(self.model, self.device, "bfloat16" if native else self.dtype)
+        self.agent, self.calls = self.model, 0
+        self.opened, self.added = answer_start(self.agent.tokenizer, self.think)
+        limits = fit_context(self.agent.model.config, self.max_prompt_tokens, self.max_new_tokens)
+        self.max_prompt_tokens, self.max_new_tokens = limits
 
     def rank(self, query: str, documents: list[str], top_k: int | None = None) -> Reranking:
         """The documents in the model's order, the best `top_k` of them (default: all)."""
-        ranking = next(self.rank_many([(query, documents)]))
+        [ranking] = self.rank_many([(query, documents)])
         return Reranking(ranking[:top_k], ranking.windows)
 
     def rank_many(self, lists: Sequence[tuple[str, list[str]]],
-                  progress: Callable[[int], None] | None = None) -> Iterator[Reranking]:
-        """Rerank many (query, documents) lists; windows of different queries share a batch. Yields in their
-        order.
+                  progress: Callable[[int], None] | None = None) -> list[Reranking]:
+        """Rerank many (query, documents) lists; windows of different queries share a batch.
 
         `progress` is called with the number of windows just answered.
         """
@@ -271,29 +313,30 @@ class Reranker:
             for i, window in zip(asked, self._answer([lists[i] for i in asked], positions, progress)):
                 orders[i][slice(*bounds[i][turn])] = window.order
                 windows[i].append(window)
-        for (_, documents), order, answered in zip(lists, orders, windows):
-            yield Reranking([Result(i, rank, documents[i]) for rank, i in enumerate(order, 1)], answered)
+        return [Reranking([Result(i, rank, documents[i]) for rank, i in enumerate(order, 1)], answered)
+                for (_, documents), order, answered in zip(lists, orders, windows)]
 
     def _answer(self, lists: Sequence[tuple], positions: list[list[int]], progress) -> list[Window]:
         """One model call for each list's window, which holds the documents at these positions."""
         agent, prompts = self.agent, []
-        start = "" if self.think else "<think> </think>"
         for (query, documents), window in zip(lists, positions):
-            prompts.append(encode_prompt(agent.tokenizer, query, [documents[p] for p in window], self.prompt,
-                                         self.max_prompt_tokens, start))
+            passages = [documents[p] for p in window]
+            prompts.append(fit_prompt(agent.tokenizer, query, passages, self.prompt, self.max_prompt_tokens,
+                                      self.added))
         self.calls += 1
         seed = self.seed * 1_000_003 + self.calls  # no two calls draw the same random numbers
-        answers = sample(agent.model, prompts, 1, self.max_new_tokens, self.temperature, agent.stop_ids, seed,
-                         self.max_rows, progress)
-        return [self._read(window, start + agent.decode(answer), len(prompt), answer)
-                for window, prompt, [answer] in zip(positions, prompts, answers)]
-
-    def _read(self, positions: list[int], response: str, prompt_tokens: int, answer: Completion) -> Window:
-        """The window at these positions with the order that `response` asks for."""
-        ranking = parse_ranking(response, len(positions))
-        order = [positions[i] for i in ranking.order]
-        tokens = len(answer.ids)
-        return Window(positions, response, ranking.status, order, tokens, prompt_tokens, answer.finished)
+        answers: list[list[Completion]] = sample(
+            agent.model, [ids for ids, _ in prompts], 1, self.max_new_tokens, self.temperature,
+            agent.stop_ids, seed, self.max_rows, progress)
+        windows = []
+        for window, (ids, cut), [answer] in zip(positions, prompts, answers):
+            response = self.opened + self.added + agent.decode(answer)
+            ranking = parse_ranking(response, len(window))
+            windows.append(Window(
+                positions=window, response=response, status=ranking.status,
+                order=[window[i] for i in ranking.order], tokens=len(answer.ids), prompt_tokens=len(ids),
+                prompt_cut=cut, finished=answer.finished))
+        return windows
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -321,13 +364,12 @@ class Settings:
     seed: int = setting(0, "Seed of the sampling.")
     tag: str = setting("rearank", "The run's name, the last column of the TREC run.")
     device: str = setting("auto", "cuda, mps, cpu or auto.")
-    dtype: str = setting("auto", "Precision of the weights; auto: float32 on a CPU, bfloat16 elsewhere.",
+    dtype: str = setting("auto", "Precision; auto: bfloat16, but float32 on CPUs that lack bfloat16.",
                          choices=("auto", "float32", "bfloat16"))
 
 
 def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
-    """Rerank a file of candidates into a TREC run and a JSONL of windows; return the counts of the closing
-    line.
+    """Rerank a file of candidates into a TREC run and a JSONL of windows. Returns the closing line's counts.
 
     Queries are worked through in batches. What is finished when the program is interrupted is kept: the JSONL
     grows with each batch, and the run of the finished queries is written on the way out.
@@ -352,25 +394,25 @@ def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
                         file.write(json.dumps(trace_row(c, window), ensure_ascii=False) + "\n")
                         counts.update({"calls": 1, window.status: 1, "cut": int(not window.finished),
                                        "unchanged": int(window.order == window.positions),
+                                       "prompts cut": int(window.prompt_cut),
                                        "prompt tokens": window.prompt_tokens, "new tokens": window.tokens})
     finally:
         if run:
             write_run(settings.output, run, settings.tag)
         if len(run) < len(lists):
-            message = f"stopped early: {settings.output} holds {len(run)} of {len(lists)} queries"
-            print(message, file=sys.stderr)
+            there = settings.output if run else "nothing"
+            print(f"stopped early: {there} holds {len(run)} of {len(lists)} queries", file=sys.stderr)
     counts["queries"], counts["seconds"] = len(run), round(time.time() - started)
     return counts
 
 
 def trace_row(candidates: Candidates, window: Window) -> dict:
-    """One line of the JSONL: a window's docids, the model's whole response, how it was read, the new
-    order."""
+    """One line of the JSONL: a window's docids, the model's response, how it was read, the new order."""
     docids = [candidates.docids[p] for p in window.positions]
     order = [candidates.docids[p] for p in window.order]
     return {"qid": candidates.qid, "query": candidates.query, "docids": docids, "status": window.status,
             "order": order, "reasoning": window.reasoning, "response": window.response,
-            "tokens": window.tokens, "finished": window.finished}
+            "tokens": window.tokens, "finished": window.finished, "prompt_cut": window.prompt_cut}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -382,8 +424,8 @@ def main(argv: list[str] | None = None) -> int:
     kinds = ("ok", "repaired", "untagged", "truncated", "malformed", "empty")
     statuses = ", ".join(f"{counts[kind]} {kind}" for kind in kinds)
     print(f"{counts['queries']} queries, {counts['calls']} calls in {counts['seconds']} s: {statuses}; "
-          f"{counts['unchanged']} changed nothing; {counts['cut']} cut at {settings.max_new_tokens} tokens; "
-          f"{counts['prompt tokens']:,} prompt tokens, {counts['new tokens']:,} new tokens\n"
+          f"{counts['unchanged']} changed nothing; {counts['cut']} cut at the limit, {counts['prompts cut']} "
+          f"prompts cut to fit; {counts['prompt tokens']:,} prompt and {counts['new tokens']:,} new tokens\n"
           f"{settings.output} is the run, {settings.output}.jsonl the reasoning")
     return 0
 

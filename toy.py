@@ -1,13 +1,11 @@
-"""The toy task: the whole of REARANK in miniature. `python grpo.py` runs it, without data, downloads or a
-GPU.
+"""The toy task: REARANK in miniature, which `python grpo.py` runs without data, downloads or a GPU.
 
     python grpo.py --seed 0 --out runs/toy               warm start, control, GRPO, exam: minutes on a CPU
 
 A passage's label is how many of the query's three concepts it covers, in words that may differ from the
 query's. A teacher grades every passage in <think>, but only some of its orders use the grades: that much a
 supervised warm start can teach, which stands for an instruct model. GRPO with the paper's reward learns to
-order by them; more of the same supervision, the control, does not. From top to bottom: the task; the teacher;
-the model; the exam; the run.
+order by them; more of the same supervision, the control, does not.
 """
 
 from __future__ import annotations
@@ -30,13 +28,13 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 import grpo
-from data import (Candidates, InputError, atomic_write, command_line, expand, read_qrels, read_run, run_main,
+from data import (Candidates, InputError, atomic_write, command_line, expand, read_run,
                   setting, write_candidates, write_qrels, write_run)
 from eval import bootstrap_interval, evaluate
 from eval import main as eval_main
 from grpo import Rollouts, RunFolder, supervised, train
 from model import Agent, pick_device
-from rearank import PROMPTS, Reranker, encode_prompt
+from rearank import Reranker, encode_prompt
 from reward import parse_ranking
 
 # ------------------------------------------------------------------------------------------------------------
@@ -50,8 +48,7 @@ GRADES = ("0", "1", "2", "3")
 
 
 def toy_combinations(held_out: bool) -> list[tuple[int, ...]]:
-    """The triples of concepts that queries are made of: every fifth of the 220 is held out, so no split
-    shares one."""
+    """The triples of concepts that queries are made of; every fifth of the 220 is held out."""
     triples = list(itertools.combinations(range(len(CONCEPTS)), 3))
     random.Random(0).shuffle(triples)
     return triples[:len(triples) // 5] if held_out else triples[len(triples) // 5:]
@@ -89,17 +86,15 @@ def toy_task(queries: int, passages: int, seed: int,
 
 
 def toy_keywords(query: str, text: str) -> list[str]:
-    """The words of `text` that express one of the query's concepts, in its order: as many as the passage's
-    label."""
+    """The words of `text` that express one of the query's concepts; their number is the passage's label."""
     wanted = {concept for concept in CONCEPTS for word in query.split() if word in concept}
     return [word for word in text.split() if any(word in concept for concept in wanted)]
 
 
 def toy_answer(query: str, texts: Sequence[str], graded: bool) -> str:
-    """What the teacher answers: of each passage its keywords and their number, the grade, in <think>; then an
-    order.
+    """The teacher's answer: in <think> each passage's keywords and grade, how many they are; then an order.
 
-    The order is by grade where `graded`, else it knows only relevant before irrelevant (ties stay in place).
+    By grade where `graded`; else it knows only relevant before irrelevant (ties stay in place).
     """
     keywords = [toy_keywords(query, text) for text in texts]
     known = [len(words) if graded else min(len(words), 1) for words in keywords]
@@ -131,8 +126,7 @@ def toy_lessons(agent: Agent, settings: ToySettings,
 
 
 def toy_agent(seed: int, device: torch.device | str = "cpu") -> Agent:
-    """A random Qwen2 of about 130,000 parameters and a word-level tokenizer with a chat template, made in
-    memory."""
+    """A random Qwen2 of about 130,000 parameters with a word-level tokenizer, made in memory."""
     words = ["<|pad|>", "<|end|>", "<|assistant|>", "<think>", "</think>", "<answer>", "</answer>", ">",
              *GRADES, *(f"[{i}]" for i in range(1, 21)), *(word for concept in CONCEPTS for word in concept)]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|pad|>"))
@@ -151,8 +145,7 @@ def toy_agent(seed: int, device: torch.device | str = "cpu") -> Agent:
 
 
 def toy_trace_statistics(rollouts: Rollouts) -> dict[str, float]:
-    """How often the grades in <think> are right (of all passages), and the answer ordered by them (of all
-    answers).
+    """Shares of passages whose grade in <think> is right, and of answers that are ordered by their grades.
 
     Nothing in the reward asks for either: an order may improve while the grades beside it drift.
     """
@@ -176,29 +169,30 @@ class ToyExam:
     """Held-out queries, reranked by each model, written as TREC files and evaluated from them."""
 
     def __init__(self, settings: ToySettings, folder: Path):
-        self.settings, self.folder, n, seed = settings, folder, settings.eval_queries, settings.eval_seed
-        self.lists, self.scores = {}, {"window": {}, "long": {}}  # NDCG@10 of each query, by list and model
-        for kind, queries, size, seed in (("window", n, settings.window, seed),
-                                          ("long", n // 4, 4 * settings.window, seed + 1)):
-            self.lists[kind], qrels = toy_task(queries, size, seed, held_out=True)
-            write_candidates(folder / f"{kind}.jsonl", self.lists[kind])
+        self.settings, self.folder = settings, folder
+        n, size, seed = settings.eval_queries, settings.window, settings.eval_seed
+        self.tasks = {"window": toy_task(n, size, seed, held_out=True),
+                      "long": toy_task(n // 4, 4 * size, seed + 1, held_out=True)}
+        self.scores = {kind: {} for kind in self.tasks}  # NDCG@10 of each query, by list and model
+        for kind, (candidates, qrels) in self.tasks.items():
+            write_candidates(folder / f"{kind}.jsonl", candidates)
             write_qrels(folder / f"{kind}.qrels", qrels)
 
-    def take(self, name: str, agent: Agent | None, kinds: Sequence[str] = ("window", "long"),
-             think: bool = True) -> None:
-        """Rerank lists of these kinds by `agent` (None: leave them as they are) and evaluate the runs so
-        named."""
+    def evaluate(self, name: str, agent: Agent | None, kinds: Sequence[str] = ("window", "long"),
+                 think: bool = True) -> None:
+        """Rerank lists of these kinds by `agent` (None: leave them), write the runs and evaluate them."""
         for kind in kinds:
-            candidates, run = self.lists[kind], self.folder / f"{kind}.{name}.trec"
+            (candidates, qrels), run = self.tasks[kind], self.folder / f"{kind}.{name}.trec"
             orders = [range(len(c.docids)) for c in candidates]
             if agent:
-                options = self.settings.prompt, self.settings.window, self.settings.window // 2, think
-                reranker = Reranker(agent, *options, 0.0, self.settings.max_new_tokens, max_rows=256)
+                size = self.settings.window
+                reranker = Reranker(agent, self.settings.prompt, size, size // 2, think, max_rows=256,
+                                    max_new_tokens=self.settings.max_new_tokens)
                 rankings = reranker.rank_many([(c.query, c.texts) for c in candidates])
                 orders = [[result.index for result in ranking] for ranking in rankings]
             ranked = [(c.qid, [c.docids[i] for i in order]) for c, order in zip(candidates, orders)]
             write_run(run, dict(ranked), name)
-            scores = evaluate(read_qrels(self.folder / f"{kind}.qrels"), read_run(run), ["ndcg_cut.10"])
+            scores = evaluate(qrels, read_run(run), ["ndcg_cut.10"])
             self.scores[kind][name] = [scores[c.qid]["ndcg_cut_10"] for c in candidates]
 
     def summary(self) -> dict:
@@ -231,57 +225,60 @@ class ToySettings(grpo.Settings):
     lr: float = setting(5e-4, "Learning rate.", least=0)
     beta: float = setting(0.0, "Weight of the KL penalty to the frozen starting model.", least=0)
     decay: bool = setting(True, "Let the learning rate fall linearly to a tenth over the run.")
-    prompt: str = setting("toy", "The prompt to train with.", choices=tuple(PROMPTS))
+    prompt: str = setting("toy", "The prompt to train with.", choices=("toy",))
     window: int = setting(6, "Passages drawn for a training instance.", least=2)
     draws: int = setting(20, "Draws a query in the initial state expansion.", least=1)
     max_new_tokens: int = setting(64, "Longest rollout.", least=1)
     max_rows: int = setting(512, "Rollouts written at a time.", least=1)
     answer_tokens: int = setting(16384, "Rollout tokens in a micro-batch: memory, not the result.", least=1)
+    checkpointing: bool | None = setting(False, "Recompute activations in the backward pass.")
+    offload: bool | None = setting(False, "AdamW's masters and moments in host memory.")
+    device: str = setting("cpu", "cuda, mps, cpu or auto.")
     eval_queries: int = setting(200, "Held-out queries in the closing table.", least=4)
     eval_seed: int = setting(2505, "Seed of the held-out queries.")
 
 
 def toy_run(settings: ToySettings) -> int:
     """Warm start, control, GRPO, exam. Writes summary.json and prints eval.py's tables."""
-    started, folder, steps, lr = time.time(), RunFolder(settings), settings.sft_steps, settings.sft_lr
-    agent, exam = toy_agent(settings.seed, pick_device(settings.device)), ToyExam(settings, folder.path)
+    started, steps, lr = time.time(), settings.sft_steps, settings.sft_lr
+    folder = RunFolder(settings)  # clears what an earlier run left
+    agent = toy_agent(settings.seed, pick_device(settings.device))
+    exam = ToyExam(settings, folder.path)
     print(f"toy run, seed {settings.seed}: {agent.model.num_parameters():,} parameters, no downloads")
-    exam.take("first_stage", None)
+    exam.evaluate("first_stage", None)
     supervised(agent, toy_lessons(agent, settings), steps, lr, settings, "warm start")
-    exam.take("warm_start", agent)
+    exam.evaluate("warm_start", agent)
     doubled = Agent(copy.deepcopy(agent.model), agent.tokenizer, agent.stop_ids)
     again = toy_lessons(doubled, dataclasses.replace(settings, seed=settings.seed + 10**6), curriculum=False)
     supervised(doubled, again, steps, lr, settings, "control: the warm start again")
-    exam.take("warm_start_doubled", doubled, ["window"])
+    exam.evaluate("warm_start_doubled", doubled, ["window"])
     instances = expand(*toy_task(200, 20, settings.seed), settings.draws, settings.window, settings.order,
                        settings.keep, settings.min_ndcg, settings.seed)
-    train(agent, instances, settings, folder, toy_trace_statistics)
-    exam.take("grpo", agent)
-    exam.take("grpo_without_think", agent, ["window"], think=False)
+    held_out = toy_task(48, settings.window, settings.eval_seed + 2, held_out=True)  # not the exam's queries
+    train(agent, instances, settings, folder, toy_trace_statistics, held_out)
+    exam.evaluate("grpo", agent)
+    exam.evaluate("grpo_without_think", agent, ["window"], think=False)
 
-    summary = {"seed": settings.seed, "seconds": round(time.time() - started, 1)} | exam.summary()
+    seconds = round(time.time() - started, 1)
     with atomic_write(folder.path / "summary.json") as file:
-        json.dump(summary, file, indent=2)
-    out, window = settings.out, settings.window
+        json.dump({"seed": settings.seed, "seconds": seconds} | exam.summary(), file, indent=2)
+    out = settings.out
     for kind, scores in exam.scores.items():  # the warm start first: the others are compared with it
         runs = [f"{out}/{kind}.{name}.trec" for name in dict.fromkeys(["warm_start", *scores])]
         arguments = [f"{out}/{kind}.qrels", *runs, "-m", "ndcg_cut.10"]
         print("\n$ python eval.py", *arguments, flush=True)
         eval_main(arguments)
-    print(f"{summary['seconds']:.0f} s. Next, what the trained model thinks about the longer lists:\n"
-          f"  python rearank.py --model {out}/checkpoint --prompt {settings.prompt} --window {window} --step "
-          f"{window // 2} --max-new-tokens {settings.max_new_tokens} --input {out}/long.jsonl "
-          f"--output {out}/again.trec")
+    print(f"{seconds:.0f} s. Next, what it thinks about the longer lists:\n  python rearank.py --model "
+          f"{out}/checkpoint --prompt toy --window {settings.window} --step {settings.window // 2} "
+          f"--max-new-tokens {settings.max_new_tokens} --input {out}/long.jsonl --output {out}/again.trec")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The toy run as the command line says."""
+    """The toy run as the command line says. (`python grpo.py` calls it.)"""
     settings = command_line(ToySettings, argv, grpo.__doc__, "grpo.py")
-    if settings.data != ["auto"] or settings.qrels:
-        raise InputError("--data and --qrels need --model; without it the toy run makes its own data")
+    if settings.data != ["auto"] or settings.qrels or settings.eval_data:
+        raise InputError("--data, --qrels and --eval-data need --model; the toy run makes its own data")
+    if settings.window > 20 or settings.dtype == "bfloat16":
+        raise InputError("the toy's words end at [20] and its weights are float32: expected --window <= 20")
     return toy_run(settings)
-
-
-if __name__ == "__main__":
-    run_main(main)

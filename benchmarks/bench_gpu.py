@@ -238,7 +238,7 @@ def bench_step(size: str, settings: Settings, device: torch.device) -> list[dict
             len(prompts), settings.group
         )
         with Measure() as measure:
-            rollouts = grpo.Rollouts([], prompts, completions, [], [], 1.0)
+            rollouts = grpo.Rollouts([], prompts, completions, [], [], 0.0, 1.0)
             grpo.update_policy(
                 agent, None, optimizer, rollouts, grpo.group_advantages(rewards), 1e-6, options
             )
@@ -275,7 +275,7 @@ def fits(model, settings: Settings, group: int, length: int) -> float | None:
         with Measure():
             cohort = Cohort(model, prompt, group, range(group))
             cohort.tokens, cohort.length = cohort.logits.argmax(-1), length - 1
-            cohort.own = [own.new_zeros(*own.shape[:3], length, own.shape[4]) for own in cohort.own]
+            cohort.cache = [x.new_zeros(*x.shape[:3], length, x.shape[4]) for x in cohort.cache]
             read_tokens(model, [cohort])
         return torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else 0.0
     except torch.OutOfMemoryError:

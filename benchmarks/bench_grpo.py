@@ -31,11 +31,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import grpo
 from data import command_line, run_main, setting
-from model import Agent, PromptAttention, encode_prompts, forward, microbatches, sample
+from model import Agent, encode_prompts, forward, microbatches, sample
 from toy import ToySettings
 
 
@@ -306,7 +307,7 @@ def bench_step(size: Size, settings: Settings, beta: float) -> dict:
         rewards = torch.tensor([reward_of_ids(c.ids) for c in completions]).view(
             len(prompts), size.step_group
         )
-        rollouts = grpo.Rollouts([], prompts, completions, [], [], 1.0)
+        rollouts = grpo.Rollouts([], prompts, completions, [], [], 0.0, 1.0)
         grpo.update_policy(
             agent, reference, optimizer, rollouts, grpo.group_advantages(rewards), 1e-6, options
         )
@@ -413,13 +414,14 @@ def bench_tricks(size: Size, settings: Settings) -> list[dict]:
             batch.logps.sum().backward()
         model.zero_grad()
 
+    def plain_attention(layer, query, key, value, scaling):
+        options = {"is_causal": True, "scale": scaling, "enable_gqa": True}
+        return F.scaled_dot_product_attention(query, key, value, **options)
+
     @torch.no_grad()
     def encode_whole() -> None:
         """A prompt through the whole of the last layer."""
-        lengths = torch.full((1,), size.prompt)
-        forward(
-            model, torch.tensor(prompts[:1]), torch.arange(size.prompt)[None], PromptAttention(lengths).attend
-        )
+        forward(model, torch.tensor(prompts[:1]), torch.arange(size.prompt)[None], plain_attention)
 
     tricks = {
         "sampling: a prompt once for its group": (

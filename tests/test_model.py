@@ -1,18 +1,22 @@
 """The language model: shared prompts, sampling, log-probabilities and their gradients, loading."""
 
 import copy
+import json
+import time
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import full_logps, random_prompts, relative_error, tiny_model
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 from data import InputError
 from grpo import grpo_loss
-from model import (Agent, Cohort, PromptAttention, SharedAttention, attend_part, check_architecture, chunks,
-                   encode_prompts, forward, load_agent, microbatches, pick_device, pick_tokens, project_logps,
+from model import (Agent, Cohort, SharedAttention, attend_part, check_architecture, chunks,
+                   encode_prompts, load_agent, microbatches, pick_device, pick_tokens, project_logps,
                    read_tokens, sample)
 from rearank import encode_prompt
 
@@ -142,7 +146,7 @@ def test_rows_begun_later_read_no_places_that_only_older_rows_have_filled(model)
         for _ in range(50):
             read_tokens(model, [old])
         read_tokens(model, [old, young])
-    assert (old.length, young.length) == (51, 1) and young.own[0].shape[3] == 32 < old.own[0].shape[3]
+    assert (old.length, young.length) == (51, 1) and young.cache[0].shape[3] == 32 < old.cache[0].shape[3]
 
 
 # --- attention joined from two parts
@@ -288,13 +292,30 @@ def test_bfloat16_gradients_point_where_float32_ones_do(model):
         assert F.cosine_similarity(got.float().flatten(), wanted.flatten(), 0) > 0.99
 
 
-def test_a_checkpointed_prompt_keeps_no_second_graph_alive(model):
+def test_a_checkpointed_prompt_keeps_no_second_graph_alive(monkeypatch):
     """The backward pass computes each layer again; the keys it then sees would hold the whole graph."""
-    ids, attention = torch.tensor(random_prompts(20)), PromptAttention(torch.tensor([20]))
-    hidden = forward(model, ids, torch.arange(20)[None], attention.attend, checkpointing=True)
-    first = dict(attention.keys)
-    hidden.sum().backward()
-    assert len(first) == 2 and all(attention.keys[layer] is key for layer, key in first.items())
+    model, made, alive = tiny_model(num_key_value_heads=4), [], []
+    honest = F.scaled_dot_product_attention
+
+    def watched(query, key, *rest, **options):
+        made.append(weakref.ref(key))
+        return honest(query, key, *rest, **options)
+
+    monkeypatch.setattr(model_module.F, "scaled_dot_product_attention", watched)
+    encoded = encode_prompts(model, random_prompts(20), checkpointing=True)
+    first = len(made)
+    embedding = model.get_input_embeddings().weight  # its gradient is the last to come
+    embedding.register_post_accumulate_grad_hook(
+        lambda _: alive.extend(key() is not None for key in made[first:]))
+    encoded.last_hidden.sum().backward()
+    assert alive == [False, False]
+
+
+def test_chunks_are_as_large_as_they_may_be():
+    prompts = random_prompts(10, 10, 30, 5, 50)
+    assert list(chunks(prompts, 60)) == [slice(0, 2), slice(2, 4), slice(4, 5)]  # 2 x 30 fits, 3 do not
+    assert list(chunks(prompts, 1)) == [slice(i, i + 1) for i in range(5)]
+    assert list(chunks(prompts, 10**6)) == [slice(0, 5)] and list(chunks([], 9)) == []
 
 
 def test_the_end_token_has_a_gradient_where_pad_and_end_are_one_token(model):
@@ -381,7 +402,7 @@ def test_a_model_with_sliding_attention_is_refused():
 
 def test_every_end_of_turn_token_ends_an_answer(toy):
     toy.model.generation_config.eos_token_id = [0]
-    assert model_module.stop_ids(toy.model, toy.tokenizer) == [0, 1]  # the config's and the tokenizer's
+    assert model_module.find_stop_ids(toy.model, toy.tokenizer) == [0, 1]  # the config's and the tokenizer's
 
 
 def test_a_folder_written_by_save_pretrained_loads_and_answers_alike(toy, tmp_path):
@@ -409,12 +430,68 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_sentence(toy, tmp_path, m
     assert "\n" not in str(refused.value)
 
 
-def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(toy):
-    config = toy.model.config
-    config.num_hidden_layers, config.layer_types = 4, ["full_attention"] * 4
-    config.intermediate_size = 2**40 // 64
+@pytest.fixture
+def saved(toy, tmp_path):
+    """The toy's checkpoint as a folder."""
+    toy.model.save_pretrained(tmp_path / "m")
+    toy.tokenizer.save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def changed_config(folder, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(saved):
+    changed_config(saved, intermediate_size=2**40 // 64)
     with pytest.raises(InputError, match="weights take .* GiB"):
-        model_module.check_memory(config, torch.float32, torch.device("cpu"))
+        load_agent(str(saved), "cpu")
+
+
+def test_a_tensor_that_is_missing_or_of_another_shape_is_named(saved, capfd):
+    name, weights = "model.layers.1.mlp.up_proj.weight", load_file(saved / "model.safetensors")
+    rest = {key: value for key, value in weights.items() if key != name}
+    save_file(rest, saved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=name):
+        load_agent(str(saved), "cpu")
+    save_file(weights | {name: weights[name][:5].clone()}, saved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"{name} is \[5, 64\] in its weights, \[128, 64\] by its config"):
+        load_agent(str(saved), "cpu")
+    save_file(weights, saved / "model.safetensors", {"format": "pt"})
+    changed_config(saved, tie_word_embeddings=False)  # a head of its own, which the file does not have
+    with pytest.raises(InputError, match="lm_head.weight"):
+        load_agent(str(saved), "cpu")
+    assert "MISSING" not in capfd.readouterr().err  # ours is the only line
+
+
+def test_quantised_weights_are_refused_in_one_line(saved):
+    for method in ({"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "bits": 4},
+                   {"quant_method": "bitsandbytes", "load_in_4bit": True}):
+        changed_config(saved, quantization_config=method)
+        with pytest.raises(InputError, match="its weights are quantised") as refused:
+            load_agent(str(saved), "cpu")
+        assert "\n" not in str(refused.value)
+
+
+def test_a_hub_name_without_a_network_is_one_line_within_seconds(monkeypatch):
+    """The hub's client would try again and again for half a minute."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(model_module, "getproxies", dict)
+    started = time.monotonic()
+    assert not model_module.hub_answers()
+    with pytest.raises(InputError, match="cannot be loaded .*without a network") as refused:
+        load_agent("nobody/there-is-no-such-model", "cpu")
+    assert time.monotonic() - started < 3 and "\n" not in str(refused.value)
+
+
+def test_memory_that_has_run_out_is_no_fault_of_the_models(saved, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.")
+    monkeypatch.setattr(model_module.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(InputError, match="too little memory"):
+        load_agent(str(saved), "cpu")
 
 
 def test_a_device_that_is_not_there_is_named_with_those_that_are():

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import grpo
 import rearank
-from data import Candidates, InputError, read_run, write_candidates
+from data import Candidates, InputError, Instance, read_run, write_candidates
 from rearank import (Completion, Reranker, Settings, build_messages, encode_prompt, rerank_file,
                      sliding_window, window_bounds)
-from toy import toy_task
+from reward import score_response
+from toy import ToySettings, toy_task
 
 # --- prompts
 
@@ -76,6 +79,66 @@ def test_a_long_query_is_cut_so_that_the_prompt_fits(toy):
     assert len(ids) <= 200
     with pytest.raises(InputError, match="smaller window"):
         encode_prompt(toy.tokenizer, "rain", ["bread"] * 100, "rearank", max_tokens=50)
+
+
+def reasoning_template(toy) -> None:
+    """A template as R1-type models have it: it opens <think> itself."""
+    template = toy.tokenizer.chat_template
+    toy.tokenizer.chat_template = template.replace("<|assistant|> ", "<|assistant|> <think> ")
+
+
+def test_a_template_that_opens_think_leaves_it_in_the_response(monkeypatch, toy):
+    reasoning_template(toy)
+    asked = []
+
+    def answers(model, prompts, *_, **__):
+        asked.extend(toy.tokenizer.decode(p) for p in prompts)
+        ids = toy.tokenizer("rain 1 </think> <answer> [2] > [1] </answer>")["input_ids"] + [1]
+        return [[Completion(ids, True)] for _ in prompts]
+
+    monkeypatch.setattr(rearank, "sample", answers)
+    window = Reranker(toy, "toy").rank("rain", ["a", "b"]).windows[0]
+    assert asked[0].endswith("<|assistant|> <think>") and asked[0].count("<think>") == 1
+    assert window.response.startswith("<think> rain 1 </think>") and window.reasoning == "rain 1"
+    assert score_response(window.response, [0, 3]).format1 == 1
+    monkeypatch.setattr(grpo, "sample", answers)
+    [text] = grpo.sample_rollouts(toy, [Instance("q", "rain", ["a", "b"], ["x", "y"], [0, 3], [0, 3])],
+                                  ToySettings(group=1), 1).texts
+    assert text == window.response  # what is rewarded is what is reranked by
+
+    window = Reranker(toy, "toy", think=False).rank("rain", ["a", "b"]).windows[0]
+    assert asked[-1].endswith("<|assistant|> <think> </think>") and asked[-1].count("<think>") == 1
+    assert window.response.startswith("<think> </think>")
+
+
+def test_a_template_without_system_turns_gets_them_in_the_first_user_turn(toy):
+    toy.tokenizer.chat_template = ("{% if messages[0]['role'] == 'system' %}"
+                                   "{{ raise_exception('no system') }}{% endif %}" + toy.tokenizer.chat_template)
+    text = rearank.render_chat(toy.tokenizer, build_messages("q", ["one"]))
+    assert text.startswith("You are DeepRerank") and "I will provide you with passages" in text
+    toy.tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(InputError, match="chat template cannot write this chat: never"):
+        rearank.render_chat(toy.tokenizer, build_messages("q", ["one"]))
+
+
+def test_prompt_and_answer_fit_into_the_models_positions(toy, capsys):
+    toy.model.config.max_position_embeddings = 60
+    reranker = Reranker(toy, "toy", max_new_tokens=40)
+    assert "the model has 60 positions: answers end at 30 tokens" in capsys.readouterr().err
+    ranking = reranker.rank("rain " * 40, ["bread oven"] * 3)
+    window = ranking.windows[0]
+    assert window.prompt_tokens + window.tokens <= 60 and window.prompt_cut
+    assert not Reranker(toy, "toy", max_new_tokens=20).rank("rain", ["bread"] * 2).windows[0].prompt_cut
+
+
+def test_a_processor_with_bfloat16_reranks_in_it(toy, tmp_path, monkeypatch):
+    toy.model.save_pretrained(tmp_path / "m")
+    toy.tokenizer.save_pretrained(tmp_path / "m")
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(rearank, "has_native_bfloat16", lambda native=native: native)
+        assert Reranker(str(tmp_path / "m"), "toy", max_new_tokens=9, device="cpu").agent.model.dtype == dtype
+        fixed = Reranker(str(tmp_path / "m"), "toy", max_new_tokens=9, device="cpu", dtype="float32")
+        assert fixed.agent.model.dtype == torch.float32
 
 
 # --- windows

@@ -51,7 +51,7 @@ def test_the_trace_is_measured_against_the_labels_and_the_answer():
     instance = Instance("q", "rain", ["a", "b"], ["x", "y"], [0, 3], [0, 3])
     texts = ["<think> [1] 0 [2] rain storm cloud 3 </think> <answer> [2] > [1] </answer>",
              "<think> [1] rain 1 [2] 3 </think> <answer> [1] > [2] </answer>"]
-    rollouts = Rollouts([instance], [[]], [Completion([], True)] * 2, texts, [], 1.0)
+    rollouts = Rollouts([instance], [[]], [Completion([], True)] * 2, texts, [], 0.0, 1.0)
     assert toy_trace_statistics(rollouts) == {"grades_right": 0.75, "answer_follows_grades": 0.5}
 
 
