@@ -651,6 +651,7 @@ def memory_rows(config, s: Settings, size: int) -> dict[str, tuple[float, float,
     again = layer * answer_tokens if s.checkpointing else 0  # one layer's, computed again
     reference, state = N * size * bool(s.beta or s.log_kl), N * (12 if s.offload or size < 4 else 8)
     written = (s.max_rows * T + -(-s.max_rows // s.group) * P) * cache
+    scores, logits = 10 * H * answer_tokens * max(P, T), 10 * min(2**27, answer_tokens * c.vocab_size)
     return {
         "weights": (N * size, N * size, 0),
         "reference model": (reference, reference, 0),
@@ -658,8 +659,8 @@ def memory_rows(config, s: Settings, size: int) -> dict[str, tuple[float, float,
         "masters and moments": (0, 0, state) if s.offload else (state, state, 0),
         "keys and values": (written, 2 * prompt_tokens * cache, 0),
         "activations": (0, kept + again, 0),
-        "attention scores": (8 * s.max_rows * H * P, 10 * H * answer_tokens * max(P, T), 0),
-        "logits": (12 * s.max_rows * c.vocab_size, 10 * min(2**27, answer_tokens * c.vocab_size), 0)}
+        "scores or logits": (max(8 * s.max_rows * H * P, 12 * s.max_rows * c.vocab_size),
+                             max(scores, logits), 0)}
 
 
 def plan_memory(config, settings: Settings, size: int, card: float, host: float) -> tuple[Settings, str]:

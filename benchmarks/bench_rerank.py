@@ -1,0 +1,98 @@
+"""Reranking with a real model, beside transformers' generate: a window at a time, and all windows padded
+together.
+
+    python benchmarks/bench_rerank.py --model HuggingFaceTB/SmolLM2-135M-Instruct --input CANDIDATES
+
+The first window of the first `--windows` queries, greedily, up to `--new` tokens; the same model in the same
+precision on each side, and the same prompts. Each side runs in turn; the better of the two peers counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from data import cache_folder, command_line, read_candidates, run_main, setting
+from model import Agent, load_agent, sample
+from rearank import encode_prompt
+
+
+@dataclasses.dataclass
+class Settings:
+    """Settings of the benchmark."""
+
+    model: str = setting("", "A model folder or hub name.", required=True)
+    input: str = setting("", "Candidates (default: DL19's, where `python data.py download dl19` puts them).")
+    windows: int = setting(8, "Windows of 20 passages, of different queries.", least=1)
+    new: int = setting(64, "Longest answer.", least=1)
+    dtypes: list[str] = setting(lambda: ["bfloat16", "float32"], "Precisions.", nargs="+")
+    repeats: int = setting(3, "Rounds in turn; medians count.", least=1)
+    json: bool = setting(False, "One JSON line a measure instead of the table.")
+
+
+def generate(agent: Agent, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """transformers' generate on left-padded prompts; the new tokens of each."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = agent.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new,
+                               eos_token_id=agent.stop_ids, pad_token_id=agent.stop_ids[0])
+    return out[:, width:].tolist()
+
+
+def compare(settings: Settings, dtype: str) -> dict:
+    """Seconds of each side, medians over the rounds, and how many first tokens agree."""
+    agent = load_agent(settings.model, "cpu", dtype)
+    path = settings.input or cache_folder() / "dl19" / "retrieve_results_dl19_top100.jsonl"
+    lists = read_candidates(path)[:settings.windows]
+    prompts = [encode_prompt(agent.tokenizer, c.query, c.texts[:20]) for c in lists]
+
+    def ours() -> list[list[int]]:
+        answers = sample(agent.model, prompts, 1, settings.new, 0.0, agent.stop_ids, max_rows=len(prompts))
+        return [answer.ids for [answer] in answers]
+
+    def one_by_one() -> list[list[int]]:
+        return [generate(agent, [prompt], settings.new)[0] for prompt in prompts]
+
+    def together() -> list[list[int]]:
+        return generate(agent, prompts, settings.new)
+
+    seconds, first = {side: [] for side in (ours, one_by_one, together)}, {}
+    for _ in range(settings.repeats):
+        for side in seconds:
+            started = time.perf_counter()
+            first[side] = [ids[0] for ids in side()]
+            seconds[side].append(time.perf_counter() - started)
+    peers = list(zip(seconds[one_by_one], seconds[together]))
+    ratio = statistics.median(min(pair) / mine for pair, mine in zip(peers, seconds[ours]))
+    alone, padded = (statistics.median(side) for side in zip(*peers))
+    return {"what": "rerank", "size": dtype, "peer": "generate", "ours_s": statistics.median(seconds[ours]),
+            "peer_s": min(alone, padded), "ratio": ratio, "ours_mib": None, "peer_mib": None,
+            "repeats": settings.repeats, "one_by_one_s": alone, "together_s": padded,
+            "prompt_tokens": sum(map(len, prompts)),
+            "first_tokens_agree": sum(a == b for a, b in zip(first[ours], first[one_by_one]))}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure each precision and print it."""
+    settings = command_line(Settings, argv, __doc__)
+    for dtype in settings.dtypes:
+        row = compare(settings, dtype)
+        print(json.dumps(row) if settings.json else
+              f"{dtype}: ours {row['ours_s']:.1f} s, generate one by one {row['one_by_one_s']:.1f} s, padded together "
+              f"{row['together_s']:.1f} s: {row['ratio']:.1f} x the better; {settings.windows} windows of "
+              f"{row['prompt_tokens'] // settings.windows:,} tokens, {row['first_tokens_agree']} first tokens agree",
+              flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,80 @@
+"""The plan of memory against counting: an update of real shapes, run on tensors that have shapes but no
+memory."""
+
+import weakref
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import model as model_module
+from grpo import MasterAdamW, Settings, memory_rows
+from model import microbatches
+
+SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied: Qwen2.5's
+    "0.5B": (896, 4864, 24, 14, 2, 151936, True), "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False)}
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of live storages, and the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.live, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.seen:
+                storage = x.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return out
+
+    def gone(self, key, size):
+        self.seen.discard(key)
+        self.live -= size
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """What a card's kernel keeps; a CPU build computes it in pieces, each of which it keeps."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_the_plan_of_an_update_is_within_15_percent_of_its_counted_peak(monkeypatch, shape, checkpointing):
+    hidden, inner, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    config = Qwen2Config(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied)
+    monkeypatch.setattr(model_module, "rms_norm", lambda module, x: FusedRMSNorm.apply(x, module.weight))
+    P, T, G = 2200, 512, 16  # two micro-batches: the second finds the gradients of the first
+    settings = Settings(beta=0.0, offload=True, checkpointing=checkpointing, group=G, max_rows=G,
+                        answer_tokens=8 * T, prompt_tokens=P, max_prompt_tokens=P, max_new_tokens=T)
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        optimizer = MasterAdamW.__new__(MasterAdamW)  # its sums of gradients alone: the rest is in the host
+        optimizer.sums = {}
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(optimizer._take)
+        with Peak() as peak:
+            for batch in microbatches(model, [[1] * P], [[1] * T] * G, answer_tokens=8 * T, prompt_tokens=P,
+                                      checkpointing=checkpointing):
+                batch.logps.sum().backward()
+    planned = sum(update for _, update, _ in memory_rows(config, settings, 2).values())
+    assert planned == pytest.approx(peak.peak, rel=0.15)

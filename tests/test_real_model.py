@@ -1,0 +1,73 @@
+"""A real model, where REARANK_TEST_MODEL names its folder (shared/tools/make_smollm2.sh makes one in a minute)."""
+
+import os
+
+import pytest
+import torch
+from conftest import full_logps
+
+from grpo import MasterAdamW, RunFolder, grpo_loss
+from model import load_agent, microbatches, sample
+from rearank import Reranker, encode_prompt
+from toy import ToySettings
+
+FOLDER = os.environ.get("REARANK_TEST_MODEL", "")
+pytestmark = pytest.mark.skipif(not FOLDER, reason="REARANK_TEST_MODEL is not set")
+QUERY = "how do bees make honey"
+PASSAGES = ["Beeswax candles smell of honey.", "Foragers bring nectar to the hive, where fanning dries it to honey."]
+
+
+@pytest.fixture(scope="module")
+def agents():
+    """The model in both precisions."""
+    return {dtype: load_agent(FOLDER, "cpu", dtype) for dtype in ("float32", "bfloat16")}
+
+
+def test_greedy_answers_are_those_of_generate(agents):
+    agent = agents["float32"]
+    prompt = encode_prompt(agent.tokenizer, QUERY, PASSAGES)
+    [[answer]] = sample(agent.model, [prompt], 1, 24, 0.0, agent.stop_ids)
+    wanted = agent.model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24,
+                                  eos_token_id=agent.stop_ids, pad_token_id=agent.stop_ids[0])
+    assert answer.ids == wanted[0, len(prompt):].tolist()
+
+
+def test_bfloat16_log_probabilities_are_near_those_of_float32(agents):
+    prompt = encode_prompt(agents["float32"].tokenizer, QUERY, PASSAGES)
+    answer = agents["float32"].tokenizer("<think> [2] says how. </think> <answer> [2] > [1] </answer>")["input_ids"]
+    logps = {}
+    with torch.no_grad():
+        for dtype, agent in agents.items():
+            [batch] = microbatches(agent.model, [prompt], [answer])
+            logps[dtype] = batch.logps[0]
+        exact = full_logps(agents["float32"].model, prompt, answer)
+        theirs = full_logps(agents["bfloat16"].model, prompt, answer)
+    torch.testing.assert_close(logps["float32"], exact, atol=1e-3, rtol=0)
+    ours, peers = ((x - exact).abs().mean() for x in (logps["bfloat16"], theirs))
+    assert ours < 1.5 * peers + 0.01  # no further from float32 than transformers' own bfloat16
+
+
+def test_an_update_in_bfloat16_and_its_checkpoint(agents, tmp_path):
+    agent = agents["bfloat16"]
+    prompt = encode_prompt(agent.tokenizer, QUERY, PASSAGES)
+    groups = sample(agent.model, [prompt], 4, 12, 1.0, agent.stop_ids, seed=1)
+    answers = [answer.ids for answer in groups[0]]
+    optimizer = MasterAdamW(list(agent.model.parameters()), offload=True)
+    before = agent.model.model.layers[0].mlp.up_proj.weight.clone()
+    for batch in microbatches(agent.model, [prompt], answers, checkpointing=True):
+        advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])[batch.rows]
+        grpo_loss(batch.logps, None, advantages, batch.lengths, 0.0).backward()
+    assert 0 < optimizer.step(1e-3, 1.0) < float("inf")
+    assert not torch.equal(before, agent.model.model.layers[0].mlp.up_proj.weight)
+    RunFolder(ToySettings(out=str(tmp_path))).save_model(agent, "checkpoint")
+    again = load_agent(str(tmp_path / "checkpoint"), "cpu", "bfloat16")
+    assert again.stop_ids == agent.stop_ids
+    assert encode_prompt(again.tokenizer, QUERY, PASSAGES) == prompt
+    for a, b in zip(agent.model.parameters(), again.model.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_an_untrained_model_is_reranked_by_and_counted_honestly(agents):
+    ranking = Reranker(agents["bfloat16"], max_new_tokens=24).rank(QUERY, PASSAGES)
+    assert sorted(result.index for result in ranking) == [0, 1]
+    assert ranking.windows[0].status in ("ok", "repaired", "untagged", "truncated", "malformed", "empty")
