@@ -608,8 +608,7 @@ class RunFolder:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put folder `new` in the place of `old`, which between the two renames is whole under `.old` (see
-    `whole`).
+    """Put folder `new` in the place of `old`, which between the two renames is called `.old` (see `whole`).
 
     Its files become as readable as the umask allows: safetensors writes them for their owner alone.
     """
@@ -625,23 +624,22 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def whole(folder: Path) -> Path:
-    """The folder of this name, or what `replace_folder` called it when it was stopped between its two
-    renames."""
+    """The folder of this name, also where `replace_folder` was stopped between its two renames."""
     trash = folder.with_name(f".{folder.name}.old")
     return trash if trash.exists() and not folder.exists() else folder
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Command line
+# The plan of memory
 
 
-def memory_rows(config, s: Settings, size: int) -> dict[str, tuple[float, float, float]]:
-    """{what: bytes (on the card while sampling, in the update; in the host)}, for weights of `size` bytes
-    each.
+def memory_rows(c, N: int, s: Settings, size: int) -> dict[str, tuple[float, float, float]]:
+    """{what: bytes (on the card while sampling, in the update; in the host)}, for N weights of `size` bytes.
 
-    For prompts and answers of the greatest length, on a card. (A CPU does not fuse rms_norm and keeps more.)
+    Of config `c`, with prompts and answers of the greatest length. (A CPU does not fuse rms_norm: it keeps
+    more.)
     """
-    c, N, P, T = config, parameters(config), s.max_prompt_tokens, s.max_new_tokens
+    P, T = s.max_prompt_tokens, s.max_new_tokens
     H, K, layers, hidden = c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers, c.hidden_size
     D = getattr(c, "head_dim", None) or hidden // H
     prompt_tokens, answer_tokens = max(P, s.prompt_tokens), max(T, s.answer_tokens)
@@ -673,9 +671,10 @@ def plan_memory(config, settings: Settings, size: int, card: float, host: float)
         value = getattr(settings, name)
         if value is not None and (value or value is False):  # 0 is open, False is not
             ways[name] = (value,)
+    N = parameters(config)
     for values in itertools.product(*ways.values()):
         chosen = dataclasses.replace(settings, **dict(zip(ways, values)))
-        table = memory_rows(config, chosen, size)
+        table = memory_rows(config, N, chosen, size)
         *on_card, in_host = (sum(column) for column in zip(*table.values()))
         if fits := max(on_card) <= 0.95 * card and in_host <= host:  # the rest is the allocator's
             break
@@ -686,14 +685,17 @@ def plan_memory(config, settings: Settings, size: int, card: float, host: float)
     for name, value in zip(ways, values):
         flag = name.replace("_", "-")
         flags.append(f"--{flag} {value}" if type(value) is int else f"--{flag}" if value else f"--no-{flag}")
-    save = parameters(config) * (12 + size) / 2**30
     lines.append(f"{card / 2**30:.0f} GiB are free on the card, {host / 2**30:.0f} in the host; a save "
-                 f"writes {save:.0f}. Chosen: {' '.join(flags)}")
+                 f"writes {N * (12 + size) / 2**30:.0f}. Chosen: {' '.join(flags)}")
     if not fits:
         raise InputError(f"training needs at least {max(on_card) / 2**30:.0f} GiB on the card and "
                          f"{in_host / 2**30:.0f} in the host, {card / 2**30:.0f} and {host / 2**30:.0f} are "
                          "free: use a smaller model, --beta 0 (no reference) or a shorter --max-new-tokens")
     return chosen, "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 def read_held_out(settings: Settings, trained_on: set[str]) -> tuple[list[Candidates], dict]:
@@ -751,7 +753,7 @@ def planned(settings: Settings) -> tuple[Settings, str]:
     """The settings, made to fit the model's positions and the memory there is (or --memory); the plan as
     text."""
     device, (config, _) = pick_device(settings.device), load_config(settings.model)
-    card, host = free_memory(device), free_memory(torch.device("cpu"))
+    card, host = free_memory(device), free_memory(torch.device("cpu")) if device.type != "cpu" else 0.0
     half = settings.dtype == "bfloat16" or settings.dtype == "auto" and device.type != "cpu"
     if settings.memory:  # of another machine, whose host we do not know
         card, host, half = settings.memory * 2**30, math.inf, settings.dtype != "float32"

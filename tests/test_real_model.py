@@ -1,4 +1,4 @@
-"""A real model, where REARANK_TEST_MODEL names its folder (shared/tools/make_smollm2.sh makes one in a minute)."""
+"""A real model's tokenizer, template and weights, where REARANK_TEST_MODEL names its folder."""
 
 import os
 
@@ -14,7 +14,7 @@ from toy import ToySettings
 FOLDER = os.environ.get("REARANK_TEST_MODEL", "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="REARANK_TEST_MODEL is not set")
 QUERY = "how do bees make honey"
-PASSAGES = ["Beeswax candles smell of honey.", "Foragers bring nectar to the hive, where fanning dries it to honey."]
+PASSAGES = ["Beeswax candles smell of honey.", "Foragers bring nectar to the hive, where fanning dries it."]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,8 @@ def test_greedy_answers_are_those_of_generate(agents):
 
 def test_bfloat16_log_probabilities_are_near_those_of_float32(agents):
     prompt = encode_prompt(agents["float32"].tokenizer, QUERY, PASSAGES)
-    answer = agents["float32"].tokenizer("<think> [2] says how. </think> <answer> [2] > [1] </answer>")["input_ids"]
+    text = "<think> [2] says how. </think> <answer> [2] > [1] </answer>"
+    answer = agents["float32"].tokenizer(text)["input_ids"]
     logps = {}
     with torch.no_grad():
         for dtype, agent in agents.items():

@@ -113,7 +113,8 @@ def test_a_template_that_opens_think_leaves_it_in_the_response(monkeypatch, toy)
 
 def test_a_template_without_system_turns_gets_them_in_the_first_user_turn(toy):
     toy.tokenizer.chat_template = ("{% if messages[0]['role'] == 'system' %}"
-                                   "{{ raise_exception('no system') }}{% endif %}" + toy.tokenizer.chat_template)
+                                   "{{ raise_exception('no system') }}{% endif %}"
+                                   + toy.tokenizer.chat_template)
     text = rearank.render_chat(toy.tokenizer, build_messages("q", ["one"]))
     assert text.startswith("You are DeepRerank") and "I will provide you with passages" in text
     toy.tokenizer.chat_template = "{{ raise_exception('never') }}"
