@@ -153,11 +153,9 @@ def rollout_rewards(rollouts: Rollouts, settings: Settings, step: int) -> Tensor
 
 def update_policy(agent: Agent, reference, optimizer: MasterAdamW, rollouts: Rollouts, advantages: Tensor,
                   lr: float, settings: Settings) -> dict[str, float]:
-    """One update by advantages [B, G]. Returns loss, kl, entropy (means over the tokens visited) and
-    grad_norm.
+    """One update by advantages [B, G]. Returns loss, grad_norm, and kl and entropy per token.
 
-    Without a reference kl is nan, and a flat group is not visited: it has no gradient at all, and costs
-    nothing.
+    Without a reference kl is nan, and flat groups, which have no gradient at all, are not visited.
     """
     prompts, (B, G) = rollouts.prompts, advantages.shape
     answers = [c.ids for c in rollouts.completions]
@@ -191,8 +189,7 @@ def reference_logps(reference, prompts: list[list[int]], answers: list[list[int]
 
 
 def rollout_statistics(rollouts: Rollouts, rewards: Tensor, advantages: Tensor) -> dict[str, float]:
-    """What the log says about one step's rollouts, with rewards and advantages [B, G]; shares are in [0,
-    1]."""
+    """What the log says of one step's rollouts, their rewards and advantages [B, G]; shares in [0, 1]."""
     instances, scores, completions = rollouts.instances, rollouts.scores, rollouts.completions
     sizes = [len(x.labels) for x in instances for _ in range(rewards.shape[1])]
     rankings = [parse_ranking(text, n) for text, n in zip(rollouts.texts, sizes)]
@@ -227,11 +224,10 @@ def peak_mib(device: torch.device) -> float:
 
 def train(agent: Agent, instances: list[Instance], settings: Settings, folder: RunFolder,
           measure: Callable[[Rollouts], dict] | None = None, held_out: tuple | None = None) -> None:
-    """GRPO for settings.steps steps. `measure` adds columns to the log. Ctrl-C saves checkpoint and state
-    first.
+    """GRPO for settings.steps steps. `measure` adds columns to the log. Ctrl-C saves first.
 
-    `held_out` (candidates, qrels): every settings.eval_every steps they are reranked, and the best policy so
-    far is kept in best/.
+    `held_out` (candidates, qrels): every settings.eval_every steps they are reranked, and the best policy
+    goes to best/.
     """
     if not instances:
         raise InputError("no training instance is left: check that candidates and judgements share query "
@@ -266,8 +262,7 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
 
 
 def validate(agent: Agent, candidates: list[Candidates], qrels: dict, settings: Settings) -> dict[str, float]:
-    """Greedy reranking of each list's first window: the mean NDCG@10 over all judged documents, and its 95 %
-    interval.
+    """Greedy reranking of each list's first window: the mean NDCG@10 and its 95 % interval.
 
     The interval is the normal one, 1.96 standard errors over the queries.
     """
@@ -414,8 +409,7 @@ class MasterAdamW:
     In bfloat16 an update of 1e-6 is smaller than the spacing of the weights and would round to nothing; here
     it adds up in the master. Gradients are added up in float32 too, on the model's device: a hook takes each
     as soon as backward has made it (`release` ends that). With `offload`, masters and moments live in host
-    memory, where one gradient at a time follows them. float32 weights on their own device are their own
-    masters.
+    memory, where one gradient at a time follows them. float32 weights are their own masters where they are.
     """
 
     def __init__(self, params: Sequence[torch.nn.Parameter], weight_decay: float = 0.0, offload: bool = False,
@@ -494,8 +488,7 @@ LINE = (
 
 
 class RunFolder:
-    """config.json, log.csv, samples.txt, checkpoint/ (as from_pretrained loads it), state/ (what --resume
-    needs).
+    """config.json, log.csv, samples.txt, checkpoint/ (as from_pretrained loads it), state/ (for --resume).
 
     `trained_on` says what `training_instances` chose; a run that is resumed must have the same. InputError
     where there is nothing to resume, or where the data are others.
@@ -574,8 +567,8 @@ class RunFolder:
         """Write the model to the folder of this name, whole or not at all, so that others can read it.
 
         transformers 4, and engines built on it, look for RoPE's base and the precision under their older
-        names (and take 10,000 for a base they do not find), and do not know the class that transformers 5
-        gives a tokenizer.
+        names (and take 10,000 for a base they do not find), and do not know the tokenizer class of
+        transformers 5.
         """
         part = self.path / f".{name}.part"
         shutil.rmtree(part, ignore_errors=True)  # of a save that was interrupted
@@ -699,8 +692,7 @@ def plan_memory(config, settings: Settings, size: int, card: float, host: float)
 
 
 def read_held_out(settings: Settings, trained_on: set[str]) -> tuple[list[Candidates], dict]:
-    """(candidates, qrels) of --eval-data, those with judgements. InputError for queries that are trained on
-    too."""
+    """(candidates, qrels) of --eval-data, those with judgements. InputError for one that is trained on."""
     qrels = read_qrels(settings.eval_qrels) if settings.eval_qrels else {}
     candidates = [c for c in read_candidates(settings.eval_data) if c.qid in qrels]
     if len(candidates) < 2:
@@ -750,8 +742,7 @@ def train_model(settings: Settings) -> int:
 
 
 def planned(settings: Settings) -> tuple[Settings, str]:
-    """The settings, made to fit the model's positions and the memory there is (or --memory); the plan as
-    text."""
+    """The settings, made to fit the model's positions and the free memory (or --memory); the plan as text."""
     device, (config, _) = pick_device(settings.device), load_config(settings.model)
     card, host = free_memory(device), free_memory(torch.device("cpu")) if device.type != "cpu" else 0.0
     half = settings.dtype == "bfloat16" or settings.dtype == "auto" and device.type != "cpu"

@@ -292,8 +292,7 @@ class Cohort:
     """Answers begun together, a group to each of S prompts; all that are still being written have one length.
 
     Of each layer the prompts' keys and values exist once, [S, K, P, D]; the rows' own, `cache` [2, R, K,
-    width, D], has room for more than the `length` tokens read so far. Rows stand in the order of their
-    prompts.
+    width, D], has room for more than the `length` tokens read so far. Rows stand in their prompts' order.
     """
 
     def __init__(self, model, prompts: Sequence[Sequence[int]], group: int, answers: Sequence[int]):
@@ -536,8 +535,7 @@ class Agent:
 
     @property
     def end_id(self) -> int:
-        """What ends a supervised answer: the chat template's end of turn rather than a base model's own
-        end."""
+        """What ends a supervised answer: the end of a turn, which a base model's own end token is not."""
         turn_end = self.tokenizer.get_vocab().get("<|im_end|>", self.tokenizer.eos_token_id)
         return self.stop_ids[0] if turn_end is None else turn_end
 
@@ -576,8 +574,7 @@ def check_architecture(config) -> None:
 
 
 def miniature(config):
-    """A float32 model of the same architecture: two small layers, all weights random, norms and biases
-    too."""
+    """A float32 model of the same architecture: two small layers, all weights random, biases too."""
     config, small = copy.deepcopy(config), {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 48, "layer_types": ["full_attention"] * 2,
@@ -616,8 +613,7 @@ def has_native_bfloat16() -> bool:
 
 
 def load_config(name: str):
-    """(a checked configuration, how to load the rest), from a folder or the hub. InputError in one
-    sentence."""
+    """(a checked configuration, how to load the rest), from a folder or the hub. InputError: see below."""
     a_path = name.startswith((".", "/", "~")) or Path(name).exists() or name.count("/") != 1
     if a_path and not (Path(name) / "config.json").is_file():
         raise InputError(f"--model {name}: no such model folder (one with config.json, as save_pretrained "
@@ -697,8 +693,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def hub_answers(seconds: float = 2.0) -> bool:
-    """Whether the hub, or the mirror in HF_ENDPOINT, can be reached: its client would try for half a
-    minute."""
+    """Whether the hub, or its mirror in HF_ENDPOINT, can be reached: its client tries for half a minute."""
     address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     if getproxies():  # then the way there is not a direct one
         return True
@@ -712,8 +707,8 @@ def hub_answers(seconds: float = 2.0) -> bool:
 
 def load_tokenizer(name: str, **source):
     """The tokenizer a checkpoint declares. AutoTokenizer alone would, for a Qwen2 model, put Qwen's own
-    splitting rules in the place of any other tokenizer.json: a checkpoint of the toy run would then read
-    every word as unknown."""
+    splitting rules in the place of any other tokenizer.json: the toy's checkpoint would read every word as
+    unknown."""
     declared = get_tokenizer_config(name, **source).get("tokenizer_class")
     generic = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
     return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name, **source)

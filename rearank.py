@@ -4,8 +4,7 @@
     python rearank.py --model runs/toy/checkpoint --prompt toy --window 6 --step 3 --max-new-tokens 64 \\
         --input runs/toy/long.jsonl --output long.trec
 
-From top to bottom: the prompts; the sliding window; `Reranker`, which joins them with a model; the command
-line.
+From top to bottom: the prompts; the sliding window; `Reranker`; the command line.
 
 Where it departs from the paper (arXiv 2505.20046) and the authors' code:
 - n = 100, window 20, step 10 makes 9 windows, not 10; lists of every length are ranked to their very head.
@@ -91,8 +90,8 @@ def build_messages(query: str, passages: list[str], prompt: str = "rearank",
     """The chat that asks for an order of `passages` (in their present order, numbered from 1).
 
     Passages have their white space collapsed and are cut to `passage_chars` (default: the prompt's own, 400
-    for rearank, 300 for rankgpt). Returns [{"role", "content"}, ...] for a tokenizer's chat template; empty
-    turns are left out.
+    for rearank, 300 for rankgpt). Returns [{"role", "content"}, ...] for a chat template; empty turns are
+    left out.
     """
     if prompt not in PROMPTS:
         raise ValueError(f"unknown prompt {prompt!r}: expected one of {', '.join(PROMPTS)}")
@@ -139,8 +138,7 @@ def answer_start(tokenizer, think: bool = True) -> tuple[str, str]:
 
 def encode_prompt(tokenizer, query: str, passages: list[str], prompt: str = "rearank", max_tokens: int = 4096,
                   start: str = "") -> list[int]:
-    """Token ids of the whole prompt, ready for the model's answer, of which `start` is given. See
-    `fit_prompt`."""
+    """Token ids of the prompt and of `start`, with which the answer is to begin. See `fit_prompt`."""
     return fit_prompt(tokenizer, query, passages, prompt, max_tokens, start)[0]
 
 
@@ -166,8 +164,7 @@ def fit_prompt(tokenizer, query: str, passages: list[str], prompt: str, max_toke
 
 
 def fit_context(config, max_prompt_tokens: int, max_new_tokens: int) -> tuple[int, int]:
-    """(prompt tokens, new tokens): at most these, and together no more than the positions that the model
-    has."""
+    """(prompt tokens, new tokens): at most these, and together no more than the model's positions."""
     positions = getattr(config, "max_position_embeddings", None) or max_prompt_tokens + max_new_tokens
     new = min(max_new_tokens, positions // 2)
     if new < max_new_tokens:

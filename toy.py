@@ -212,8 +212,7 @@ class ToyExam:
 
 @dataclasses.dataclass
 class ToySettings(grpo.Settings):
-    """Settings of `python grpo.py` without a model: the same run in miniature, on synthetic data, on a
-    CPU."""
+    """Settings of `python grpo.py` without a model: the same run in miniature, on synthetic data."""
 
     out: str = setting("runs/toy", "The run folder: config, log, samples, checkpoint, runs, summary.")
     prompts_per_step: int = setting(32, "Prompts (windows) in a step.", least=1)
