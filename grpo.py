@@ -506,7 +506,8 @@ class RunFolder:
         if not settings.resume:
             for old in ("log.csv", "samples.txt", "summary.json"):
                 (self.path / old).unlink(missing_ok=True)
-            shutil.rmtree(self.path / "state", ignore_errors=True)
+            for old in ("state", ".state.old", "best", "sft"):
+                shutil.rmtree(self.path / old, ignore_errors=True)
         with atomic_write(self.path / "config.json") as file:
             json.dump(config, file, indent=2)
 
@@ -546,7 +547,7 @@ class RunFolder:
             score = rollouts.scores[i]
             parts.append(f"--- step {step}, query {instance.qid}: {instance.query}\n"
                          f"    labels of [1], [2], ...: {instance.labels}\n"
-                         f"    score {score.reward:+.3f}, NDCG@10 {score.ndcg:.3f}, "
+                         f"    reward {score.reward:+.3f}, NDCG@10 {score.ndcg:.3f}, "
                          f"format {score.format1:.0f} {score.format2:.0f}\n{rollouts.texts[i]}\n")
         with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
             file.write("\n".join(parts) + "\n")
@@ -678,12 +679,14 @@ def plan_memory(config, settings: Settings, size: int, card: float, host: float)
     for name, value in zip(ways, values):
         flag = name.replace("_", "-")
         flags.append(f"--{flag} {value}" if type(value) is int else f"--{flag}" if value else f"--no-{flag}")
-    lines.append(f"{card / 2**30:.0f} GiB are free on the card, {host / 2**30:.0f} in the host; a save "
-                 f"writes {N * (12 + size) / 2**30:.0f}. Chosen: {' '.join(flags)}")
+    there = f"{card / 2**30:.0f} GiB"
+    if 0 < host < math.inf:  # 0: a CPU's one memory; infinite: another machine's
+        there += f" and {host / 2**30:.0f} in the host"
+    lines.append(f"{there} are free; a save writes {N * (12 + size) / 2**30:.1f}. Chosen: {' '.join(flags)}")
     if not fits:
         raise InputError(f"training needs at least {max(on_card) / 2**30:.0f} GiB on the card and "
-                         f"{in_host / 2**30:.0f} in the host, {card / 2**30:.0f} and {host / 2**30:.0f} are "
-                         "free: use a smaller model, --beta 0 (no reference) or a shorter --max-new-tokens")
+                         f"{in_host / 2**30:.0f} in the host, and {there} are free: use a smaller model, "
+                         "--beta 0 (no reference model) or a shorter --max-new-tokens")
     return chosen, "\n".join(lines)
 
 
@@ -704,18 +707,20 @@ def read_held_out(settings: Settings, trained_on: set[str]) -> tuple[list[Candid
 
 def train_model(settings: Settings) -> int:
     """The paper's run on a real model."""
-    settings, plan = planned(settings)
-    print(plan)
-    if settings.plan:
-        return 0
     source, sft = settings.model, Path(settings.out) / "sft"  # what GRPO starts from, if there is one
     if settings.resume:
         earlier = RunFolder.earlier_config(settings)
         if settings.data == ["auto"]:
             settings.data, settings.qrels = earlier["data"], earlier["qrels"]
         source = str(sft) if sft.exists() else source
-    elif (Path(settings.out) / "state").exists():
+    elif not settings.plan and any((Path(settings.out) / name).exists() for name in ("state", "log.csv")):
         raise InputError(f"{settings.out} holds an earlier run: pass --resume to go on, or another --out")
+    if settings.qrels and settings.data == ["auto"]:
+        raise InputError("--qrels: expected --data with the candidates that they judge")
+    settings, plan = planned(settings)
+    print(plan)
+    if settings.plan:
+        return 0
     agent = load_agent(source, settings.device, settings.dtype)
     expansion = {name: getattr(settings, name) for name in ("draws", "order", "keep", "min_ndcg", "seed")}
     instances, chosen = training_instances(settings.data, settings.qrels, size=settings.window, **expansion)
@@ -723,6 +728,8 @@ def train_model(settings: Settings) -> int:
     held_out = read_held_out(settings, {x.qid for x in instances}) if settings.eval_data else None
     print(f"{len(instances)} training instances of {chosen['queries']} queries; {settings.prompts_per_step} "
           f"prompts x {settings.group} rollouts a step, {settings.steps} steps")
+    longest = max(instances, key=lambda x: len(x.texts))  # does a prompt fit? asked before the folder is made
+    encode_prompt(agent.tokenizer, longest.query, longest.texts, settings.prompt, settings.max_prompt_tokens)
     folder = RunFolder(settings, chosen)
     try:
         if settings.sft_steps and not settings.resume:

@@ -373,6 +373,8 @@ def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
     """
     lists = read_candidates(settings.input)[:settings.limit or None]
     check_run(settings.output, {c.qid: c.docids for c in lists}, settings.tag)  # now, not after the work
+    if Path(settings.input).resolve() in (Path(settings.output + end).resolve() for end in ("", ".jsonl")):
+        raise InputError(f"--output {settings.output}: would overwrite the input; expected another name")
     options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Reranker)}
     reranker = Reranker(**options | {"model": agent or settings.model})
     run: dict[str, list[str]] = {}

@@ -240,7 +240,9 @@ class ToySettings(grpo.Settings):
 def toy_run(settings: ToySettings) -> int:
     """Warm start, control, GRPO, exam. Writes summary.json and prints eval.py's tables."""
     started, steps, lr = time.time(), settings.sft_steps, settings.sft_lr
-    folder = RunFolder(settings)  # clears what an earlier run left
+    folder = RunFolder(settings)  # clears what an earlier run left, and so does the next line
+    for old in [*folder.path.glob("window.*"), *folder.path.glob("long.*")]:
+        old.unlink()
     agent = toy_agent(settings.seed, pick_device(settings.device))
     exam = ToyExam(settings, folder.path)
     print(f"toy run, seed {settings.seed}: {agent.model.num_parameters():,} parameters, no downloads")
@@ -276,8 +278,8 @@ def toy_run(settings: ToySettings) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The toy run as the command line says. (`python grpo.py` calls it.)"""
     settings = command_line(ToySettings, argv, grpo.__doc__, "grpo.py")
-    if settings.data != ["auto"] or settings.qrels or settings.eval_data:
-        raise InputError("--data, --qrels and --eval-data need --model; the toy run makes its own data")
+    if settings.data != ["auto"] or settings.qrels or settings.eval_data or settings.plan:
+        raise InputError("--data, --qrels, --eval-data and --plan need --model; the toy makes its own data")
     if settings.window > 20 or settings.dtype == "bfloat16":
         raise InputError("the toy's words end at [20] and its weights are float32: expected --window <= 20")
     return toy_run(settings)

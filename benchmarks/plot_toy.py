@@ -24,7 +24,7 @@ class Settings:
     """Settings of the plot."""
 
     runs: list[str] = setting(list, "Run folders.", positional=True, nargs="+")
-    output: str = setting(str(Path(__file__).with_name("toy_curve.png")), "The picture to write.")
+    output: str = setting("toy_curve.png", "The picture to write.")
 
 
 def read_log(folder: str) -> dict[str, list[float]]:
@@ -34,7 +34,7 @@ def read_log(folder: str) -> dict[str, list[float]]:
         raise InputError(f"{path}: no such log; expected a run folder of grpo.py")
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+    return {name: [float(row[name]) for row in rows] for name in ("step", "ndcg", "ndcg_init", "ndcg_best")}
 
 
 def smooth(values: list[float], width: int = 5) -> list[float]:
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         axes.axhline(height, color="black", linewidth=0.8, linestyle=":")
         axes.annotate(text, (1, height), xytext=(0, 3), textcoords="offset points", fontsize=8)
     axes.set(xlabel="GRPO step", ylabel="share of the possible gain\nin NDCG@10", ylim=(None, 1.12))
-    axes.legend(loc="lower right", fontsize=9)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.3), fontsize=9)
     figure.tight_layout()
     figure.savefig(settings.output, dpi=120)
     print(f"written to {settings.output}")

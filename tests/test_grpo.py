@@ -526,7 +526,7 @@ def test_a_7b_fits_one_80_gb_card_by_itself_and_a_larger_card_is_used(capsys, se
     assert "--offload --checkpointing" in small and "--no-checkpointing" in large
     host = float(re.search(r"together .* (\S+)", small).group(1))
     assert 80 < host < 120  # of 128 GiB
-    assert "weights                      14.2     14.2" in small and "a save writes 99" in small
+    assert "weights                      14.2     14.2" in small and "a save writes 99.3" in small
 
 
 def test_flags_set_by_hand_are_obeyed_and_what_cannot_fit_is_refused_with_what_would(capsys, seven_b):
@@ -590,9 +590,19 @@ def test_a_resumed_run_keeps_the_supervised_model_as_its_reference(folder, monke
     assert grpo.main(arguments(folder, *data, "--resume", "--steps", "3")) == 0  # and once more
 
 
-def test_data_without_a_model_is_refused():
+@pytest.mark.parametrize("flag", ["--data", "--qrels", "--eval-data", "--plan"])
+def test_what_only_a_real_model_can_do_is_refused_without_one(flag):
     with pytest.raises(InputError, match="need --model"):
-        grpo.main(["--data", "x"])
+        grpo.main([flag] if flag == "--plan" else [flag, "x"])
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder_in_the_way(folder):
+    data = ["--data", str(folder / "i.jsonl")]
+    with pytest.raises(InputError, match="smaller window"):
+        grpo.main(arguments(folder, *data, "--max-prompt-tokens", "5"))
+    with pytest.raises(InputError, match="expected --data"):
+        grpo.main(arguments(folder, "--qrels", str(folder / "q.txt")))
+    assert not (folder / "o").exists() and grpo.main(arguments(folder, *data)) == 0
 
 
 def test_the_scripts_start_where_there_is_no_resource_module():

@@ -318,6 +318,16 @@ def test_what_cannot_be_written_is_refused_before_the_work(toy, tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
 
 
+def test_the_input_is_never_overwritten(toy, tmp_path):
+    write_candidates(tmp_path / "c.jsonl", toy_task(2, 3, seed=0)[0])
+    before = (tmp_path / "c.jsonl").read_bytes()
+    for output in ("c.jsonl", "c"):  # the run itself, and the reasoning beside it
+        settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / output), prompt="toy")
+        with pytest.raises(InputError, match="would overwrite the input"):
+            rerank_file(settings, toy)
+    assert (tmp_path / "c.jsonl").read_bytes() == before
+
+
 def test_the_command_reranks_and_counts(toy, tmp_path, capsys):
     toy.model.save_pretrained(tmp_path / "m")
     toy.tokenizer.save_pretrained(tmp_path / "m")

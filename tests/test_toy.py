@@ -2,6 +2,9 @@
 
 import json
 
+import sys
+from pathlib import Path
+
 import pytest
 
 import grpo
@@ -9,6 +12,8 @@ from data import Instance, read_qrels, read_run
 from eval import evaluate
 from grpo import Rollouts
 from model import Completion, load_agent
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import plot_toy
 from toy import (ToySettings, toy_answer, toy_combinations, toy_keywords, toy_lessons, toy_task,
                  toy_trace_statistics)
 
@@ -79,3 +84,7 @@ def test_the_toy_run_goes_from_data_to_tables_of_its_own_trec_files(tmp_path, ca
     printed = capsys.readouterr().out
     assert f"{out}/long.grpo.trec" in printed and f"--input {out}/long.jsonl" in printed
     load_agent(str(out / "checkpoint"), "cpu")
+    rows = plot_toy.read_log(str(out))  # the README's curve is drawn from any toy run
+    assert len(rows["ndcg"]) == len(rows["ndcg_best"]) == 2
+    (out / "window.of_before.trec").write_text("an earlier run's")
+    assert grpo.main(["--out", str(out), *options]) == 0 and not (out / "window.of_before.trec").exists()
