@@ -218,7 +218,7 @@ class ToySettings(grpo.Settings):
     prompts_per_step: int = setting(32, "Prompts (windows) in a step.", least=1)
     group: int = setting(16, "Rollouts sampled for each prompt.", least=2)
     steps: int = setting(100, "GRPO steps: one update each, purely on-policy.", least=0)
-    sft_steps: int = setting(700, "Steps of the warm start, which stands for an instruct model.", least=0)
+    sft_steps: int = setting(850, "Steps of the warm start, which stands for an instruct model.", least=0)
     sft_lr: float = setting(6e-3, "Learning rate of the warm start.", least=0)
     teacher_graded: float = setting(0.25, "Share of the teacher's orders that use its grades.")
     lr: float = setting(5e-4, "Learning rate.", least=0)
