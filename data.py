@@ -66,8 +66,8 @@ def command_line(settings: type, argv: list[str] | None = None, description: str
     a boolean also --no-a-b. What does not fit ends the program with one line and status 2.
     """
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
+                                     usage=argparse.SUPPRESS,  # an error is one line; --help has the rest
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.print_usage = lambda file=None: None  # an error is one line; --help has the rest
     defaults, least = vars(settings()), {}
     for field in dataclasses.fields(settings):
         options, default = dict(field.metadata), defaults[field.name]
