@@ -377,7 +377,7 @@ class Instance:
         return json.dumps(vars(self), ensure_ascii=False) + "\n"
 
 
-def _labels(query: Candidates, judged: dict[str, int]) -> list[int]:
+def judged_labels(query: Candidates, judged: dict[str, int]) -> list[int]:
     """The labels of a list's passages; without a judgement, or below 0: not relevant."""
     return [max(0, judged.get(trec_id(docid), 0)) for docid in query.docids]
 
@@ -400,7 +400,7 @@ def expand(candidates: list[Candidates], qrels: dict[str, dict[str, int]], draws
         judged = qrels.get(query.qid)
         if not judged or query.qid in exclude:
             continue
-        labels, ideal = _labels(query, judged), list(judged.values())
+        labels, ideal = judged_labels(query, judged), list(judged.values())
         counts["judged"] += 1
         if ndcg(labels, ideal=ideal) == 0:
             continue
@@ -709,7 +709,7 @@ def download_windows(folder: Path) -> Path:
                 found = _candidates(row, url)
                 if found.qid not in qrels:
                     raise InputError(f"{url}: query {found.qid} has no judgements in DL21, DL22 and DL23")
-                labels, ideal = _labels(found, qrels[found.qid]), list(qrels[found.qid].values())
+                labels, ideal = judged_labels(found, qrels[found.qid]), list(qrels[found.qid].values())
                 instances.append(Instance(found.qid, found.query, found.docids, found.texts, labels, ideal))
             bar.update(len(rows))
     if len(instances) != 12_603:
@@ -775,8 +775,9 @@ def download_command(settings: Settings) -> int:
             if name in TABLE_1:
                 lists, qrels = read_candidates(files[0]), read_qrels(files[1])
                 papers = f"{TABLE_1[name][-1]:.2f}" if TABLE_1[name][-1] else "is not given"
-                values = [100 * ndcg(_labels(query, qrels[query.qid]), ideal=list(qrels[query.qid].values()))
-                          for query in lists if query.qid in qrels]
+                judged = [(query, qrels[query.qid]) for query in lists if query.qid in qrels]
+                values = [100 * ndcg(judged_labels(query, labels), ideal=list(labels.values()))
+                          for query, labels in judged]
                 print(f"{name}: NDCG@10 x 100 of the lists {sum(values) / max(1, len(values)):.2f} "
                       f"({len(values)} queries), the paper's BM25 {papers}")
         except (InputError, OSError) as error:

@@ -40,8 +40,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from data import (Candidates, InputError, Instance, atomic_write, command_line, read_candidates, read_qrels,
-                  run_main, setting, training_instances, trec_id)
+from data import (Candidates, InputError, Instance, atomic_write, command_line, judged_labels,
+                  read_candidates, read_qrels, run_main, setting, training_instances)
 from model import (Agent, Completion, free_memory, load_agent, load_config, microbatches, out_of_memory,
                    parameters, pick_device, sample, token_mask)
 from rearank import PROMPTS, Reranker, answer_start, encode_prompt, fit_context, fit_prompt
@@ -272,10 +272,9 @@ def validate(agent: Agent, candidates: list[Candidates], qrels: dict, settings: 
                         max_rows=settings.max_rows)
     scores = []
     for c, ranking in zip(candidates, reranker.rank_many(lists)):
-        judged = qrels[c.qid]
         order = [result.index for result in ranking] + list(range(len(ranking), len(c.docids)))
-        labels = [max(0, judged.get(trec_id(c.docids[i]), 0)) for i in order]
-        scores.append(ndcg(labels, ideal=list(judged.values())))
+        labels = judged_labels(c, qrels[c.qid])
+        scores.append(ndcg([labels[i] for i in order], ideal=list(qrels[c.qid].values())))
     mean, error = statistics.fmean(scores), statistics.stdev(scores) / math.sqrt(len(scores))
     return {"eval_ndcg": mean, "eval_low": mean - 1.96 * error, "eval_high": mean + 1.96 * error}
 
@@ -590,9 +589,10 @@ class RunFolder:
 
     def load_state(self, optimizer: MasterAdamW) -> tuple[int, float]:
         """Restore the optimizer, drop the log's rows behind the saved step; (steps done, best validation)."""
-        saved = json.loads((whole(self.path / "state") / "state.json").read_text(encoding="utf-8"))
+        state = whole(self.path / "state")
+        saved = json.loads((state / "state.json").read_text(encoding="utf-8"))
         step = saved["step"]
-        optimizer.load_state(load_file(whole(self.path / "state") / "optimizer.safetensors"))
+        optimizer.load_state(load_file(state / "optimizer.safetensors"))
         log = self.path / "log.csv"
         if log.exists():
             head, *rows = log.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
@@ -721,11 +721,11 @@ def train_model(settings: Settings) -> int:
     print(plan)
     if settings.plan:
         return 0
-    agent = load_agent(source, settings.device, settings.dtype)
     expansion = {name: getattr(settings, name) for name in ("draws", "order", "keep", "min_ndcg", "seed")}
     instances, chosen = training_instances(settings.data, settings.qrels, size=settings.window, **expansion)
     settings.data = chosen["data"]  # what auto stood for: --resume keeps to it
     held_out = read_held_out(settings, {x.qid for x in instances}) if settings.eval_data else None
+    agent = load_agent(source, settings.device, settings.dtype)  # after the data, whose faults show sooner
     print(f"{len(instances)} training instances of {chosen['queries']} queries; {settings.prompts_per_step} "
           f"prompts x {settings.group} rollouts a step, {settings.steps} steps")
     longest = max(instances, key=lambda x: len(x.texts))  # does a prompt fit? asked before the folder is made
@@ -737,7 +737,7 @@ def train_model(settings: Settings) -> int:
             supervised(agent, batches, settings.sft_steps, settings.sft_lr, settings)
             folder.save_model(agent, "sft")
         train(agent, instances, settings, folder, held_out=held_out)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (RuntimeError, MemoryError) as error:  # torch's own is a RuntimeError
         if not out_of_memory(error):
             raise
         raise InputError("too little memory for a step: lower --answer-tokens, --prompt-tokens or --max-rows "
