@@ -29,7 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import grpo
-from bench_grpo import reward_of_ids
+from bench_grpo import generate, update_by_ids
 from data import InputError, command_line, run_main, setting
 from model import Agent, Cohort, pick_device, read_tokens, sample
 
@@ -153,22 +153,10 @@ def bench_sample(size: str, settings: Settings, device: torch.device) -> list[di
     def ours(new: int) -> None:
         sample(model, prompt.tolist(), settings.group, new, 1.0, [], max_rows=settings.group)
 
-    def generate(new: int) -> None:
-        ids = prompt.to(device)
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            num_return_sequences=settings.group,
-            eos_token_id=None,
-        )
+    def peer(new: int) -> None:
+        generate(model, prompt.to(device), settings.group, new, min_new_tokens=new, eos_token_id=None)
 
-    sides = {"ours": ours, "transformers.generate": generate}
+    sides = {"ours": ours, "transformers.generate": peer}
     whole, first, mib = ({name: [] for name in sides} for _ in range(3))
     for repeat in range(-1, settings.repeats):  # the first round is a warm-up
         for name, side in sides.items():
@@ -233,15 +221,8 @@ def bench_step(size: str, settings: Settings, device: torch.device) -> list[dict
         with Measure() as measure:
             groups = sample(model, prompts, settings.group, settings.new, 1.0, [], seed=step, max_rows=128)
         sampling.append(measure)
-        completions = [c for group in groups for c in group]
-        rewards = torch.tensor([reward_of_ids(c.ids) for c in completions], device=device).view(
-            len(prompts), settings.group
-        )
         with Measure() as measure:
-            rollouts = grpo.Rollouts([], prompts, completions, [], [], 0.0, 1.0)
-            grpo.update_policy(
-                agent, None, optimizer, rollouts, grpo.group_advantages(rewards), 1e-6, options
-            )
+            update_by_ids(agent, None, optimizer, prompts, groups, options)
         update.append(measure)
     optimizer.release()
     seconds = [statistics.median(m.seconds for m in part[1:]) for part in (sampling, update)]

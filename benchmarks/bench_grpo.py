@@ -106,6 +106,21 @@ SIZES = {
     ),
 }
 END = 2
+TRL = dict(  # what every comparison sets alike for trl.GRPOConfig: the same algorithm, nothing beside it
+    beta=0.0,
+    top_k=0,
+    top_p=1.0,
+    lr_scheduler_type="constant",
+    loss_type="grpo",
+    num_iterations=1,
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    report_to=[],
+    save_strategy="no",
+    logging_steps=10**6,
+    disable_tqdm=True,
+)
 
 
 def build(size: Size) -> torch.nn.Module:
@@ -241,6 +256,21 @@ def limit_seconds(
     return decoding + (prompt_flops + passes * (prompt_flops + answer_flops)) / flops_per_s
 
 
+def generate(model, ids: torch.Tensor, group: int, new: int, **options) -> torch.Tensor:
+    """transformers' generate: `group` answers of up to `new` tokens to each prompt of ids [B, P]."""
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=new,
+        num_return_sequences=group,
+        **options,
+    )
+
+
 def bench_sample(size: Size, settings: Settings) -> list[dict]:
     """`sample` against generate(num_return_sequences=group): a prompt a call and all at once, a row each."""
     model = build(size)
@@ -254,21 +284,12 @@ def bench_sample(size: Size, settings: Settings) -> list[dict]:
         lengths = [len(c.ids) for row in answers for c in row]
         seen["lengths"] = lengths
 
-    def generate(ids):
-        return model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=size.new,
-            num_return_sequences=size.group,
-        )
+    def peer(ids):
+        return generate(model, ids, size.group, size.new)
 
-    peers = {"peer": ("generate, a prompt a call", lambda: [generate(p[None]) for p in prompts])}
+    peers = {"peer": ("generate, a prompt a call", lambda: [peer(p[None]) for p in prompts])}
     if size.prompts > 1:
-        peers["together"] = ("generate, all in one", lambda: generate(prompts))
+        peers["together"] = ("generate, all in one", lambda: peer(prompts))
     rows = [
         {
             "what": "sample",
@@ -287,6 +308,14 @@ def reward_of_ids(ids: list[int]) -> float:
     return sum(1 for i in ids if i % 2) / max(1, len(ids))
 
 
+def update_by_ids(agent: Agent, reference, optimizer, prompts, groups, options) -> None:
+    """The rest of a step once the groups are sampled: `reward_of_ids`, advantage, loss, AdamW."""
+    completions = [c for group in groups for c in group]
+    rewards = torch.tensor([reward_of_ids(c.ids) for c in completions]).view(len(prompts), options.group)
+    rollouts = grpo.Rollouts([], prompts, completions, [], [], 0.0, 1.0)
+    grpo.update_policy(agent, reference, optimizer, rollouts, grpo.group_advantages(rewards), 1e-6, options)
+
+
 def bench_step(size: Size, settings: Settings, beta: float) -> dict:
     """A step (sample, reward, advantage, reference, loss, backward, AdamW) against TRL's training_step."""
     generator = torch.Generator().manual_seed(0)
@@ -302,15 +331,8 @@ def bench_step(size: Size, settings: Settings, beta: float) -> dict:
 
     def ours():
         groups = sample(mine, prompts, size.step_group, size.new, 1.0, [END], seed=next(steps), max_rows=1024)
-        completions = [c for group in groups for c in group]
-        seen["lengths"] = [len(c.ids) for c in completions]
-        rewards = torch.tensor([reward_of_ids(c.ids) for c in completions]).view(
-            len(prompts), size.step_group
-        )
-        rollouts = grpo.Rollouts([], prompts, completions, [], [], 0.0, 1.0)
-        grpo.update_policy(
-            agent, reference, optimizer, rollouts, grpo.group_advantages(rewards), 1e-6, options
-        )
+        seen["lengths"] = [len(c.ids) for group in groups for c in group]
+        update_by_ids(agent, reference, optimizer, prompts, groups, options)
 
     row = in_turn(settings, "step", beta, ours, trl_step(theirs, prompts, size, beta))
     limit = limit_seconds(size, mine, len(prompts), seen["lengths"], passes=4 if beta else 3)
@@ -344,23 +366,11 @@ def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
         per_device_train_batch_size=size.step_group * len(prompts),
         num_generations=size.step_group,
         max_completion_length=size.new,
-        beta=0.0,
         temperature=1.0,
-        top_k=0,
-        top_p=1.0,
         learning_rate=1e-6,
-        lr_scheduler_type="constant",
         max_grad_norm=1.0,
-        loss_type="grpo",
-        num_iterations=1,
         max_steps=10**6,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=10**6,
-        disable_tqdm=True,
+        **TRL,
     )
     rows = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in p) for p in prompts]})
     trainer = trl.GRPOTrainer(

@@ -29,8 +29,10 @@ import torch
 from tqdm import tqdm
 
 import grpo
+from bench_grpo import TRL
 from data import Instance, atomic_write, command_line, expand, run_main, setting
 from model import Agent, Completion
+from plot_toy import smooth
 from rearank import build_messages
 from reward import score_response
 from toy import ToySettings, toy_agent, toy_lessons, toy_task
@@ -151,26 +153,14 @@ def trl_curve(agent: Agent, instances: list[Instance], options: ToySettings) -> 
         per_device_train_batch_size=batch,
         num_generations=options.group,
         max_completion_length=options.max_new_tokens,
-        beta=0.0,
         temperature=options.temperature,
-        top_k=0,
-        top_p=1.0,
         learning_rate=options.lr,
-        lr_scheduler_type="constant",
         max_grad_norm=options.grad_clip,
         weight_decay=0.0,
-        loss_type="grpo",
         scale_rewards="group",
-        num_iterations=1,
         max_steps=options.steps,
         seed=options.seed,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=10**6,
-        disable_tqdm=True,
+        **TRL,
     )
     trainer = trl.GRPOTrainer(
         model=agent.model,
@@ -218,9 +208,6 @@ def plot(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-
-    def smooth(values: list[float]) -> list[float]:
-        return [statistics.fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
 
     figure, axes = plt.subplots(figsize=(7, 4))
     seeds = sorted({r["seed"] for r in rows})
