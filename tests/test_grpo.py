@@ -605,6 +605,26 @@ def test_a_run_that_cannot_begin_leaves_no_folder_in_the_way(folder):
     assert not (folder / "o").exists() and grpo.main(arguments(folder, *data)) == 0
 
 
+def test_faults_of_the_data_show_before_the_weights_are_loaded(folder, monkeypatch):
+    monkeypatch.setattr(grpo, "load_agent", lambda *_: pytest.fail("loaded before the data were read"))
+    with pytest.raises(InputError, match="expected a file, auto"):
+        grpo.main(arguments(folder, "--data", str(folder / "missing.jsonl")))
+    with pytest.raises(InputError, match="expected --eval-qrels"):
+        grpo.main(arguments(folder, "--data", str(folder / "i.jsonl"),
+                            "--eval-data", str(folder / "c.jsonl")))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_step_without_enough_memory_says_what_to_lower(folder, monkeypatch, error):
+    def too_much(*_, **__):
+        raise error
+
+    monkeypatch.setattr(grpo, "grpo_step", too_much)
+    with pytest.raises(InputError, match="too little memory for a step: lower --answer-tokens"):
+        grpo.main(arguments(folder, "--data", str(folder / "i.jsonl")))
+
+
 def test_the_scripts_start_where_there_is_no_resource_module():
     """Windows has none; nothing runs on import anywhere."""
     code = ("import sys; sys.modules['resource'] = None; import grpo, toy, torch; "
