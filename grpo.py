@@ -630,8 +630,8 @@ def whole(folder: Path) -> Path:
 def memory_rows(c, N: int, s: Settings, size: int) -> dict[str, tuple[float, float, float]]:
     """{what: bytes (on the card while sampling, in the update; in the host)}, for N weights of `size` bytes.
 
-    Of config `c`, with prompts and answers of the greatest length. (A CPU does not fuse rms_norm: it keeps
-    more.)
+    Of config `c`, with prompts and answers of the greatest length. Logits' gradient is added up in the head's
+    weights, of which there are three for a moment. (A CPU does not fuse rms_norm: it keeps more.)
     """
     P, T = s.max_prompt_tokens, s.max_new_tokens
     H, K, layers, hidden = c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers, c.hidden_size
@@ -643,7 +643,8 @@ def memory_rows(c, N: int, s: Settings, size: int) -> dict[str, tuple[float, flo
     again = layer * answer_tokens if s.checkpointing else 0  # one layer's, computed again
     reference, state = N * size * bool(s.beta or s.log_kl), N * (12 if s.offload or size < 4 else 8)
     written = (s.max_rows * T + -(-s.max_rows // s.group) * P) * cache
-    scores, logits = 10 * H * answer_tokens * max(P, T), 10 * min(2**27, answer_tokens * c.vocab_size)
+    scores = (10 if size < 4 else 8) * H * answer_tokens * max(P, T)
+    logits = 10 * min(2**27, answer_tokens * c.vocab_size) + 3 * c.vocab_size * hidden * size  # and gradients
     return {
         "weights": (N * size, N * size, 0),
         "reference model": (reference, reference, 0),

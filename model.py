@@ -293,6 +293,7 @@ class Cohort:
 
     Of each layer the prompts' keys and values exist once, [S, K, P, D]; the rows' own, `cache` [2, R, K,
     width, D], has room for more than the `length` tokens read so far. Rows stand in their prompts' order.
+    In bfloat16 places are read by eights, the last of them masked: a GPU's fast products want it so.
     """
 
     def __init__(self, model, prompts: Sequence[Sequence[int]], group: int, answers: Sequence[int]):
@@ -300,17 +301,26 @@ class Cohort:
         self.answers, self.prompt_lengths = list(answers), [len(p) for p in prompts]
         at_once = 2048 if model.device.type == "cpu" else 16384  # tokens: a processor's cache is small
         parts = [encode_prompts(model, prompts[chunk]) for chunk in chunks(prompts, at_once)]
-        width = max(self.prompt_lengths)
+        self.even = 1 if model.dtype == torch.float32 else 8
+        width = -(-max(self.prompt_lengths) // self.even) * self.even
         self.keys, self.values = (
             [torch.cat([F.pad(x, (0, 0, 0, width - x.shape[2])) for x in layer]) for layer in zip(*kept)]
             for kept in ([part.keys for part in parts], [part.values for part in parts]))
         self.owner = [p for p in range(len(prompts)) for _ in range(group)]  # [R] each row's prompt
-        self.length, self.device = 0, model.device
+        self.device = model.device
         self.cache = [x.new_empty(2, len(self.answers), x.shape[1], 0, x.shape[3]) for x in self.keys]
         last_hidden = torch.cat([p.last_hidden for p in parts])
-        self.logits = model.lm_head(last_hidden).repeat_interleave(group, 0)  # [R, V] of the next tokens
         self.tokens: Tensor | None = None  # [R] each row's newest token, not yet read
         self.arrange()
+        self.advance(0, model.lm_head(last_hidden).repeat_interleave(group, 0))
+
+    def advance(self, length: int, logits: Tensor) -> None:
+        """`length` tokens of each row have been read; logits [R, V] of the next ones."""
+        self.length, self.logits, places = length, logits, -(-(length + 1) // self.even) * self.even
+        self.places, self.own_bias = places, None  # of the next step, [places]
+        if places > length + 1:
+            seen = torch.zeros(length + 1, device=self.device)
+            self.own_bias = F.pad(seen, (0, places - length - 1), value=-torch.inf)
 
     def arrange(self) -> None:
         """Where rows stand when they meet their prompts as [S, G]; G is the largest group still alive."""
@@ -343,10 +353,11 @@ class Cohort:
         """Of each row's newest token: query, and what is returned, [R, H, 1, D]; key, value [R, K, 1, D]."""
         (R, H, _, D), K = query.shape, key.shape[1]
         if self.length == self.cache[layer].shape[3]:  # full: half as much room again
-            self.cache[layer] = F.pad(self.cache[layer], (0, 0, 0, max(32, self.length // 2)))
+            self.cache[layer] = F.pad(self.cache[layer], (0, 0, 0, max(32, self.length // 16 * 8)))
         self.cache[layer][:, :, :, self.length] = torch.stack([key, value])[:, :, :, 0]
         query = query.view(R, K, H // K, D)
-        own, own_lse = attend_part(query, *self.cache[layer][:, :, :, :self.length + 1], scaling)
+        cache = self.cache[layer][:, :, :, :self.places]
+        own, own_lse = attend_part(query, *cache, scaling, self.own_bias)
         grid = query[self.grid].transpose(1, 2).flatten(2, 3)  # [S, K, G n, D]
         parts = attend_part(grid, self.keys[layer], self.values[layer], scaling, self.bias)
         shared, shared_lse = (x.unflatten(2, (-1, H // K)).transpose(1, 2)[self.cell] for x in parts)
@@ -369,7 +380,7 @@ def read_tokens(model, cohorts: Sequence[Cohort]) -> None:
     positions = torch.cat([cohort.starts + cohort.length for cohort in cohorts])[:, None]
     logits = model.lm_head(forward(model, tokens, positions, attend)[:, 0])  # [R, V]
     for cohort, part in zip(cohorts, logits.split(rows)):
-        cohort.logits, cohort.length = part, cohort.length + 1
+        cohort.advance(cohort.length + 1, part)
 
 
 @torch.inference_mode()

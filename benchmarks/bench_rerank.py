@@ -4,7 +4,9 @@ together.
     python benchmarks/bench_rerank.py --model HuggingFaceTB/SmolLM2-135M-Instruct --input CANDIDATES
 
 The first window of the first `--windows` queries, greedily, up to `--new` tokens; the same model in the same
-precision on each side, and the same prompts. Each side runs in turn; the better of the two peers counts.
+precision on each side, and the same prompts. A small model that was never trained for this ends its answers
+after a few words; with `--whole` each has `--new` tokens, as the answers of one that reasons have hundreds.
+Each side runs in turn; the better of the two peers counts.
 """
 
 from __future__ import annotations
@@ -33,17 +35,19 @@ class Settings:
     input: str = setting("", "Candidates (default: DL19's, where `python data.py download dl19` puts them).")
     windows: int = setting(8, "Windows of 20 passages, of different queries.", least=1)
     new: int = setting(64, "Longest answer.", least=1)
+    whole: bool = setting(False, "Let every answer run to --new tokens.")
     dtypes: list[str] = setting(lambda: ["bfloat16", "float32"], "Precisions.", nargs="+")
     repeats: int = setting(3, "Rounds in turn; medians count.", least=1)
     json: bool = setting(False, "One JSON line a measure instead of the table.")
 
 
-def generate(agent: Agent, prompts: list[list[int]], new: int) -> list[list[int]]:
+def generate(agent: Agent, prompts: list[list[int]], new: int, whole: bool) -> list[list[int]]:
     """transformers' generate on left-padded prompts; the new tokens of each."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     out = agent.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new,
+                               min_new_tokens=new if whole else None,
                                eos_token_id=agent.stop_ids, pad_token_id=agent.stop_ids[0])
     return out[:, width:].tolist()
 
@@ -56,14 +60,15 @@ def compare(settings: Settings, dtype: str) -> dict:
     prompts = [encode_prompt(agent.tokenizer, c.query, c.texts[:20]) for c in lists]
 
     def ours() -> list[list[int]]:
-        answers = sample(agent.model, prompts, 1, settings.new, 0.0, agent.stop_ids, max_rows=len(prompts))
+        stop = () if settings.whole else agent.stop_ids
+        answers = sample(agent.model, prompts, 1, settings.new, 0.0, stop, max_rows=len(prompts))
         return [answer.ids for [answer] in answers]
 
     def one_by_one() -> list[list[int]]:
-        return [generate(agent, [prompt], settings.new)[0] for prompt in prompts]
+        return [generate(agent, [prompt], settings.new, settings.whole)[0] for prompt in prompts]
 
     def together() -> list[list[int]]:
-        return generate(agent, prompts, settings.new)
+        return generate(agent, prompts, settings.new, settings.whole)
 
     seconds, first = {side: [] for side in (ours, one_by_one, together)}, {}
     for _ in range(settings.repeats):

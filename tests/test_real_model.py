@@ -1,13 +1,17 @@
 """A real model's tokenizer, template and weights, where REARANK_TEST_MODEL names its folder."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import full_logps
+from test_plan import cpu_corrections
 
-from grpo import MasterAdamW, RunFolder, grpo_loss
-from model import load_agent, microbatches, sample
+from grpo import MasterAdamW, RunFolder, Settings, grpo_loss, memory_rows
+from model import load_agent, load_config, microbatches, parameters, sample
 from rearank import Reranker, encode_prompt
 from toy import ToySettings
 
@@ -72,3 +76,36 @@ def test_an_untrained_model_is_reranked_by_and_counted_honestly(agents):
     ranking = Reranker(agents["bfloat16"], max_new_tokens=24).rank(QUERY, PASSAGES)
     assert sorted(result.index for result in ranking) == [0, 1]
     assert ranking.windows[0].status in ("ok", "repaired", "untagged", "truncated", "malformed", "empty")
+
+
+UPDATE = """
+import resource, sys
+from model import load_agent, microbatches
+
+def update(P, T, G):
+    for batch in microbatches(model, [[1] * P], [[1] * T] * G, answer_tokens=1024, checkpointing={again}):
+        batch.logps.sum().backward()
+
+model = load_agent(sys.argv[1], "cpu", "float32").model
+update(8, 4, 2)  # gradients, as of an earlier micro-batch
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+update(2200, 128, 8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("again", [True, False])
+def test_the_plan_is_within_15_percent_of_what_the_process_takes(again):
+    config, _ = load_config(FOLDER)
+    settings = Settings(beta=0.0, checkpointing=again, group=8, max_rows=8, answer_tokens=1024,
+                        prompt_tokens=2200, max_prompt_tokens=2200, max_new_tokens=128)
+    table = memory_rows(config, parameters(config), settings, 4)
+    there = ("weights", "masters and moments", "gradients in float32")
+    planned = sum(update for what, (_, update, _) in table.items() if what not in there)
+    planned += cpu_corrections(config, settings, 1 if again else config.num_hidden_layers)
+    done = subprocess.run([sys.executable, "-c", UPDATE.format(again=again), FOLDER], capture_output=True,
+                          text=True, check=True, cwd=Path(__file__).parents[1],
+                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"})  # freed is given back
+    standing = 8 * parameters(config)  # weights and gradients, which were there before
+    assert planned + standing == pytest.approx(int(done.stdout) + standing, rel=0.15)
