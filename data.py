@@ -357,7 +357,7 @@ STAGES = {  # as the authors' notebook counts them; on DL21 + DL22 + DL23: 211, 
     "judged": "queries with candidates and judgements",
     "found": "queries whose first-stage NDCG@10 is above 0 (the paper trains on 179)",
     "draws": "draws", "above": "draws that pass the NDCG@10 filter",
-    "kept": "instances: draws with something to gain as well"}
+    "kept": "instances (with --keep initial: those with something to gain as well)"}
 
 
 @dataclasses.dataclass

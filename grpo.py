@@ -95,13 +95,14 @@ def grpo_loss(logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, lengt
 
 
 def grpo_step(agent: Agent, reference, optimizer: MasterAdamW, instances: list[Instance], lr: float,
-              settings: Settings, step: int) -> tuple[dict[str, float], Rollouts]:
+              settings: Settings, step: int, reward: Callable[..., Score] = score_response,
+              loss: Callable[..., Tensor] = grpo_loss) -> tuple[dict[str, float], Rollouts]:
     """One update: sample, reward, advantage, loss, step. Returns the log's row and the rollouts."""
     started = time.perf_counter()
-    rollouts = sample_rollouts(agent, instances, settings, step)
+    rollouts = sample_rollouts(agent, instances, settings, step, reward)
     rewards = rollout_rewards(rollouts, settings, step)  # [B, G]
     advantages = group_advantages(rewards)  # [B, G]
-    update = update_policy(agent, reference, optimizer, rollouts, advantages, lr, settings)
+    update = update_policy(agent, reference, optimizer, rollouts, advantages, lr, settings, loss)
     if not math.isfinite(update["loss"]) or not math.isfinite(update["grad_norm"]):
         raise SystemExit(f"step {step}: loss {update['loss']}, gradient norm {update['grad_norm']}: not "
                          "finite. The weights are as before this step. Lower --lr, or look at the newest "
@@ -124,7 +125,8 @@ class Rollouts:
     seconds: float
 
 
-def sample_rollouts(agent: Agent, instances: list[Instance], settings: Settings, step: int) -> Rollouts:
+def sample_rollouts(agent: Agent, instances: list[Instance], settings: Settings, step: int,
+                    reward: Callable[..., Score] = score_response) -> Rollouts:
     """Sample G answers to each of B instances' prompts and score them (equations 5 and 6)."""
     started, G, tokenizer = time.perf_counter(), settings.group, agent.tokenizer
     fitted = [fit_prompt(tokenizer, x.query, x.texts, settings.prompt, settings.max_prompt_tokens)
@@ -137,7 +139,7 @@ def sample_rollouts(agent: Agent, instances: list[Instance], settings: Settings,
     opened, _ = answer_start(tokenizer)  # the response begins with what the template has opened
     texts = [opened + agent.decode(c) for c in completions]
     scheme = "normalized" if settings.reward == "random" else settings.reward
-    scores = [score_response(text, instances[i // G].labels, instances[i // G].ideal, scheme)
+    scores = [reward(text, instances[i // G].labels, instances[i // G].ideal, scheme)
               for i, text in enumerate(texts)]
     cut = statistics.fmean(was_cut for _, was_cut in fitted)
     return Rollouts(instances, prompts, completions, texts, scores, cut, time.perf_counter() - started)
@@ -152,7 +154,7 @@ def rollout_rewards(rollouts: Rollouts, settings: Settings, step: int) -> Tensor
 
 
 def update_policy(agent: Agent, reference, optimizer: MasterAdamW, rollouts: Rollouts, advantages: Tensor,
-                  lr: float, settings: Settings) -> dict[str, float]:
+                  lr: float, settings: Settings, loss: Callable[..., Tensor] = grpo_loss) -> dict[str, float]:
     """One update by advantages [B, G]. Returns loss, grad_norm, and kl and entropy per token.
 
     Without a reference kl is nan, and flat groups, which have no gradient at all, are not visited.
@@ -167,11 +169,11 @@ def update_policy(agent: Agent, reference, optimizer: MasterAdamW, rollouts: Rol
     for batch in microbatches(agent.model, prompts, answers, live, **options):
         (count, width), logps = batch.logps.shape, batch.logps
         ref = logps.detach() if ref_logps is None else ref_logps[batch.rows, :width]
-        loss = grpo_loss(logps, ref, advantages[batch.rows], batch.lengths, settings.beta)
-        loss = loss * count / (B * G)  # a mean over all outputs, however they are cut into micro-batches
-        loss.backward()
+        value = loss(logps, ref, advantages[batch.rows], batch.lengths, settings.beta)
+        value = value * count / (B * G)  # a mean over all outputs, however they are cut into micro-batches
+        value.backward()
         kl = k3(logps.detach(), ref).sum()  # 0 at padding, where both are 0
-        totals.update(loss=loss.item(), kl=kl.item(), entropy=batch.entropy.sum().item(),
+        totals.update(loss=value.item(), kl=kl.item(), entropy=batch.entropy.sum().item(),
                       tokens=batch.lengths.sum().item())
     tokens = totals["tokens"] or math.nan
     return {"loss": totals["loss"], "kl": math.nan if reference is None else totals["kl"] / tokens,
@@ -223,11 +225,12 @@ def peak_mib(device: torch.device) -> float:
 
 
 def train(agent: Agent, instances: list[Instance], settings: Settings, folder: RunFolder,
-          measure: Callable[[Rollouts], dict] | None = None, held_out: tuple | None = None) -> None:
+          measure: Callable[[Rollouts], dict] | None = None, held_out: tuple | None = None,
+          reward: Callable[..., Score] = score_response, loss: Callable[..., Tensor] = grpo_loss) -> None:
     """GRPO for settings.steps steps. `measure` adds columns to the log. Ctrl-C saves first.
 
     `held_out` (candidates, qrels): every settings.eval_every steps they are reranked, and the best policy
-    goes to best/.
+    goes to best/. Another reward or loss is called as `score_response` or `grpo_loss` is.
     """
     if not instances:
         raise InputError("no training instance is left: check that candidates and judgements share query "
@@ -242,7 +245,7 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
         for step in tqdm(steps, desc="GRPO", initial=done, total=settings.steps, unit="step"):
             lr = learning_rate(step, settings.steps, settings.lr, settings.warmup, settings.decay)
             batch = batch_of(instances, step, settings)
-            row, rollouts = grpo_step(agent, reference, optimizer, batch, lr, settings, step)
+            row, rollouts = grpo_step(agent, reference, optimizer, batch, lr, settings, step, reward, loss)
             done = step
             if held_out and (step % settings.eval_every == 0 or step == settings.steps):
                 row |= validate(agent, *held_out, settings)
@@ -387,7 +390,8 @@ class Settings:
     offload: bool | None = setting(None, "AdamW's masters and moments in host memory (default: if need be).")
     plan: bool = setting(False, "Print what training would take and choose, and stop.")
     memory: float = setting(0.0, "GiB that --plan takes for free on the card; 0: what is.", least=0)
-    eval_data: str = setting("", "Held-out candidates, whose first windows are reranked.")
+    eval_data: str = setting("", "Held-out candidates, whose first windows are reranked. The best of many "
+                             "policies looks better there than it is: compare it on others.")
     eval_qrels: str = setting("", "Their judgements.")
     eval_every: int = setting(10, "Validate every so many steps; the best policy is kept in best/.", least=1)
     samples_every: int = setting(10, "Write two whole rollouts every so many steps.", least=1)
@@ -633,7 +637,7 @@ def memory_rows(c, N: int, s: Settings, size: int) -> dict[str, tuple[float, flo
     Of config `c`, with prompts and answers of the greatest length. Logits' gradient is added up in the head's
     weights, of which there are three for a moment. (A CPU does not fuse rms_norm: it keeps more.)
     """
-    P, T = s.max_prompt_tokens, s.max_new_tokens
+    P, T, rows = s.max_prompt_tokens, s.max_new_tokens, min(s.max_rows, s.prompts_per_step * s.group)
     H, K, layers, hidden = c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers, c.hidden_size
     D = getattr(c, "head_dim", None) or hidden // H
     prompt_tokens, answer_tokens = max(P, s.prompt_tokens), max(T, s.answer_tokens)
@@ -642,7 +646,7 @@ def memory_rows(c, N: int, s: Settings, size: int) -> dict[str, tuple[float, flo
     kept = (prompt_tokens + answer_tokens) * layers * (size * hidden if s.checkpointing else layer)
     again = layer * answer_tokens if s.checkpointing else 0  # one layer's, computed again
     reference, state = N * size * bool(s.beta or s.log_kl), N * (12 if s.offload or size < 4 else 8)
-    written = (s.max_rows * T + -(-s.max_rows // s.group) * P) * cache
+    written = (rows * T + -(-rows // s.group) * P) * cache
     scores = (10 if size < 4 else 8) * H * answer_tokens * max(P, T)
     logits = 10 * min(2**27, answer_tokens * c.vocab_size) + 3 * c.vocab_size * hidden * size  # and gradients
     return {
@@ -652,8 +656,7 @@ def memory_rows(c, N: int, s: Settings, size: int) -> dict[str, tuple[float, flo
         "masters and moments": (0, 0, state) if s.offload else (state, state, 0),
         "keys and values": (written, 2 * prompt_tokens * cache, 0),
         "activations": (0, kept + again, 0),
-        "scores or logits": (max(8 * s.max_rows * H * P, 12 * s.max_rows * c.vocab_size),
-                             max(scores, logits), 0)}
+        "scores or logits": (max(8 * rows * H * P, 12 * rows * c.vocab_size), max(scores, logits), 0)}
 
 
 def plan_memory(config, settings: Settings, size: int, card: float, host: float) -> tuple[Settings, str]:

@@ -196,7 +196,7 @@ def window_bounds(n: int, window: int = 20, step: int = 10) -> list[tuple[int, i
 
 def sliding_window(items: list, rank_window: Callable[[list], list[int]], window: int = 20,
                    step: int = 10) -> list:
-    """Rerank a list by windows that slide from its end to its head: the best bubble up. Section 3.1.
+    """Rerank a list by windows that slide from its end to its head: the best bubble up. Section 3.1, eq. 2.
 
     `rank_window` gets a window's items in present order and returns their 0-based positions, best first.
     Returns a new list. ValueError unless 0 < step <= window and each order is a permutation.

@@ -1,0 +1,388 @@
+"""The paper's experiments in miniature: what each part of REARANK brings, on the toy task, with intervals.
+
+    python benchmarks/ablations.py               (three seeds, about 40 minutes on 2 cores)
+    python benchmarks/ablations.py --quick       (8 minutes: shorter training, wider intervals)
+    python benchmarks/ablations.py --failures    (training gone wrong in four ways, right once: 15 minutes)
+
+For each seed one model is warm-started, and every experiment ("arm") goes on from it for the same number of
+GRPO steps; direct SFT gets as many token passes as GRPO's sampling and update take together. All train on
+windows of the same 20 queries, as the paper has few; all are judged on the same 200 held-out queries. The
+twin that never learned to reason has its own warm start: as many steps, as many tokens of supervision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import random
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import atomic_write, command_line, expand, run_main, setting
+from eval import bootstrap_interval
+from grpo import RunFolder, best_order_batches, grpo_loss, supervised, train
+from model import Agent, sample
+from rearank import Reranker, encode_prompt
+from reward import Score, ndcg, parse_ranking, score_response
+from toy import ToySettings, toy_agent, toy_answer, toy_lessons, toy_task, toy_trace_statistics
+
+ARMS = {  # name: what differs from the arm "full"
+    "full": {}, "reward: absolute": {"reward": "absolute"}, "reward: difference": {"reward": "difference"},
+    "no filter": {"keep": "all"}, "one draw a query": {"draws": 1}, "direct SFT": {},
+    "400 queries, one draw each": {"draws": 1}, "never trained to reason": {}}
+# What the paper says (Tables 3 and 4, figures 6 and 7, TREC-DL): the sign that its rows predict for
+# (this row - the row it is compared with), and in words. 0: no difference; None: the paper has no such row.
+PAPER = {
+    "reward: absolute": (-1, "70.9 against 72.0"), "reward: difference": (-1, "71.5 against 72.0"),
+    "no filter": (-1, "71.3 against 72.0"), "direct SFT": (-1, "66.7 against 72.0"),
+    "think left out": (-1, "68.2 against 72.0"), "one draw a query": (-1, "the reason for the expansion"),
+    "400 queries, one draw each": (None, "no row"), "never trained to reason": (None, "no row"),
+    "two passes": (0, "no gain (fig. 7)"), "three passes": (0, "no gain (fig. 7)"),
+    "length against quality": (0, "no correlation (fig. 6)"), "warm start": (-1, "65.5 against 72.0")}
+CANNOT = ("reward: absolute", "reward: difference")  # affine images of one another inside a group
+
+
+@dataclasses.dataclass
+class Settings:
+    """Settings of the experiments."""
+
+    seeds: list[int] = setting(lambda: [0, 1, 2], "Seeds of warm start, pool and sampling.", nargs="+",
+                               type=int)
+    steps: int = setting(60, "GRPO steps of an arm.", least=1)
+    sft_steps: int = setting(850, "Steps of the warm start.", least=0)
+    queries: int = setting(20, "Training queries.", least=1)
+    eval_queries: int = setting(200, "Held-out queries.", least=8)
+    workers: int = setting(2, "Processes, of one thread each.", least=1)
+    quick: bool = setting(False, "25 steps after a warm start of 400, 100 held-out queries.")
+    failures: bool = setting(False, "Only the runs that go wrong, and a healthy one.")
+    results: str = setting(str(Path(__file__).resolve().parents[1] / "notebooks" / "results"),
+                           "The folder for the CSVs.")
+
+
+def toy_settings(settings: Settings, seed: int, **changes) -> ToySettings:
+    """The toy run's settings, smaller."""
+    return dataclasses.replace(
+        ToySettings(), seed=seed, steps=settings.steps, sft_steps=settings.sft_steps, prompts_per_step=16,
+        decay=False, samples_every=10**6, save_every=10**6, **changes)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def silent_lessons(agent: Agent, options: ToySettings) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """`toy_lessons` with empty think blocks, and as many more windows as makes the answer tokens equal."""
+    rng, tokenizer = random.Random(f"silent {options.seed}"), agent.tokenizer
+    for step in itertools.count():
+        size = 3 if step < 0.4 * options.sft_steps else options.window
+        batch, tokens, wanted = [], 0, None
+        for c in toy_task(4 * 384 // size, size, seed=rng.randrange(2**40))[0]:
+            spoken = toy_answer(c.query, c.texts, rng.random() < options.teacher_graded)
+            silent = re.sub("<think>.*</think>", "<think> </think>", spoken)
+            ids = tokenizer(silent)["input_ids"] + [agent.stop_ids[0]]
+            wanted = wanted or 384 // size * len(tokenizer(spoken)["input_ids"])
+            batch.append((encode_prompt(tokenizer, c.query, c.texts, options.prompt), ids))
+            if (tokens := tokens + len(ids)) >= wanted:
+                break
+        yield batch
+
+
+def warm_start(settings: Settings, seed: int, reason: bool) -> dict:
+    """The weights of a warm-started toy model, with or without reasoning."""
+    options, agent = toy_settings(settings, seed), toy_agent(seed)
+    lessons = toy_lessons if reason else silent_lessons
+    supervised(agent, lessons(agent, options), options.sft_steps, options.sft_lr, options)
+    return agent.model.state_dict()
+
+
+def pool(settings: Settings, options: ToySettings, queries: int) -> list:
+    """The windows of an arm."""
+    return expand(*toy_task(queries, 20, options.seed), options.draws, options.window, options.order,
+                  options.keep, options.min_ndcg, options.seed)
+
+
+def logged_training(agent: Agent, windows: list, options: ToySettings, **hooks) -> list[dict]:
+    """GRPO in a temporary run folder; the rows of its log."""
+    with tempfile.TemporaryDirectory() as out:
+        options = dataclasses.replace(options, out=out)
+        train(agent, windows, options, RunFolder(options), toy_trace_statistics, **hooks)
+        with open(Path(out) / "log.csv", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+
+def direct_sft(settings: Settings, agent: Agent, windows: list, options: ToySettings) -> Agent:
+    """The paper's direct SFT at GRPO's compute: sampling is one pass over its tokens, an update three."""
+    prompt = len(encode_prompt(agent.tokenizer, windows[0].query, windows[0].texts, options.prompt))
+    spoken, order = 35, 2 * options.window + 2  # tokens of a rollout, of a bare order
+    passes = 4 * options.prompts_per_step * (prompt + options.group * spoken)
+    batch = round(passes / (3 * (prompt + order)))
+    trained, best = None, -1.0
+    for lr in (5e-4, 2e-3):  # the better on queries that are neither trained on nor judged on
+        tried = Agent(copy.deepcopy(agent.model), agent.tokenizer, agent.stop_ids)
+        batches = best_order_batches(tried, windows, dataclasses.replace(options, prompts_per_step=batch))
+        supervised(tried, batches, options.steps, lr, options)
+        lists, labels = held_out(48, options.window, options.eval_seed + 2)
+        score = statistics.fmean(rerank(tried, lists, labels)[0])
+        if score > best:
+            trained, best = tried, score
+    return trained
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Judging
+
+
+def held_out(queries: int, passages: int, seed: int) -> tuple[list, list]:
+    """(query, texts) of held-out queries, and their labels."""
+    candidates, qrels = toy_task(queries, passages, seed, held_out=True)
+    return ([(c.query, c.texts) for c in candidates],
+            [[qrels[c.qid][docid] for docid in c.docids] for c in candidates])
+
+
+def rerank(agent: Agent, lists: list, labels: list, passes: int = 1,
+           **options) -> tuple[list[float], list[int]]:
+    """NDCG@10 and answer tokens (of the last pass) of each list, reranked `passes` times."""
+    reranker = Reranker(agent, "toy", 6, 3, max_new_tokens=64, max_rows=256, **options)
+    for _ in range(passes):
+        rankings = reranker.rank_many(lists)
+        orders = [[result.index for result in ranking] for ranking in rankings]
+        lists = [(query, [texts[i] for i in order]) for (query, texts), order in zip(lists, orders)]
+        labels = [[row[i] for i in order] for row, order in zip(labels, orders)]
+    return [ndcg(row) for row in labels], [ranking.windows[-1].tokens for ranking in rankings]
+
+
+def length_against_quality(agent: Agent, seed: int, queries: int = 50, samples: int = 20) -> list[float]:
+    """Spearman's correlation of answer length and NDCG@10 in each query's answers at temperature 0.6."""
+    lists, labels = held_out(queries, 6, seed)
+    lists, labels = ([x for x in xs for _ in range(samples)] for xs in (lists, labels))
+    scores, tokens = (np.array(x).reshape(-1, samples) for x in
+                      rerank(agent, lists, labels, temperature=0.6, seed=seed))
+    ranks = [np.array([[(row < x).sum() + (row == x).sum() / 2 for x in row] for row in rows])
+             for rows in (scores, tokens)]
+    return [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(*ranks) if a.std() > 0 and b.std() > 0]
+
+
+def follows_swapped_grades(agent: Agent, seed: int) -> dict[str, float]:
+    """Is the trace read? The best and the worst grade in <think> change places before the answer is written.
+
+    Shares of answers that put the two passages as the grades in their think block say, before and after.
+    """
+    lists, labels = held_out(200, 6, seed)
+    asked = []
+    for query, texts in lists:
+        grades = [int(g) for g in re.findall(r"(\d) (?=\[|</think>)", toy_answer(query, texts, True))]
+        if max(grades) > min(grades):
+            asked.append((query, texts, grades.index(max(grades)), grades.index(min(grades))))
+    shares = {}
+    for name in ("as written", "swapped"):
+        prompts = []
+        for query, texts, best, worst in asked:
+            parts = re.findall(r"\[\d+\](?: [a-z]+)* \d", toy_answer(query, texts, True))
+            if name == "swapped":
+                a, b = parts[best], parts[worst]
+                parts[best], parts[worst] = a[:-1] + b[-1], b[:-1] + a[-1]
+            prompts.append(encode_prompt(agent.tokenizer, query, texts, "toy",
+                                         start=f"<think> {' '.join(parts)} </think>"))
+        answers = sample(agent.model, prompts, 1, 32, 0.0, agent.stop_ids)
+        orders = [parse_ranking(agent.decode(answer), 6).order for [answer] in answers]
+        above = [order.index(best) < order.index(worst) for order, (_, _, best, worst) in zip(orders, asked)]
+        shares[name] = statistics.fmean(up == (name == "as written") for up in above)
+    return shares
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+def loose_reward(response: str, labels: Sequence[int], ideal=None, scheme: str = "normalized") -> Score:
+    """Eq. 6 with a format2 that any bracketed number in the answer earns, as [3] alone."""
+    score = score_response(response, labels, ideal, scheme)
+    format2 = float(bool(re.search(r"<answer>.*\[\d+\].*</answer>", response)))
+    return dataclasses.replace(score, format2=format2, reward=score.reward + 0.1 * (format2 - score.format2))
+
+
+def position_reward(response: str, labels: Sequence[int], ideal=None, scheme: str = "normalized") -> Score:
+    """Eq. 6 where scores stay with positions: sorted by score, every order is the old one, and gains 0."""
+    score = score_response(response, labels, ideal, scheme)
+    return dataclasses.replace(score, rank=0.0, reward=0.1 * score.format1 + 0.1 * score.format2)
+
+
+def wrong_sign_loss(logps, ref_logps, advantages, lengths, beta):
+    """Equation 3 with + beta KL: away from the reference."""
+    return grpo_loss(logps, ref_logps, advantages, lengths, -beta)
+
+
+FAILURES = {  # name: (settings, hooks)
+    "healthy": ({"log_kl": True}, {}),
+    "loose format reward": ({"log_kl": True}, {"reward": loose_reward}),
+    "scores stay with positions": ({"log_kl": True}, {"reward": position_reward}),
+    "30 x the learning rate": ({"log_kl": True, "lr": 30 * ToySettings().lr}, {}),
+    "KL penalty of the wrong sign": ({"beta": 0.1}, {"loss": wrong_sign_loss})}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Jobs, and what is written
+
+
+def job(settings: Settings, seed: int, arm: str, weights: dict) -> tuple[list[dict], dict[str, list[float]]]:
+    """Train one arm and judge it: its log, and {row of the table: a value for each held-out query}."""
+    agent = toy_agent(seed)
+    agent.model.load_state_dict(weights)
+    if arm in FAILURES:
+        changes, hooks = FAILURES[arm]
+        options = toy_settings(settings, seed, **changes)
+        return logged_training(agent, pool(settings, options, settings.queries), options, **hooks), {}
+    options = toy_settings(settings, seed, **ARMS[arm])
+    windows = pool(settings, options, 400 if arm.startswith("400") else settings.queries)
+    lists, labels = held_out(settings.eval_queries, options.window, options.eval_seed)
+    values, log = {}, []
+    if arm == "full":
+        values["warm start"] = rerank(agent, lists, labels)[0]
+        values |= {f"trace, warm start: {k}": [v] for k, v in
+                   follows_swapped_grades(agent, options.eval_seed).items()}
+    if arm == "direct SFT":
+        agent = direct_sft(settings, agent, windows, options)
+    else:
+        log = logged_training(agent, windows, options)
+    values[arm] = rerank(agent, lists, labels)[0]
+    if arm == "full":
+        values["think left out"] = rerank(agent, lists, labels, think=False)[0]
+        values["length against quality"] = length_against_quality(agent, options.eval_seed)
+        values |= {f"trace, full: {k}": [v] for k, v in
+                   follows_swapped_grades(agent, options.eval_seed).items()}
+        longer = held_out(settings.eval_queries, 4 * options.window, options.eval_seed + 1)
+        for passes, name in enumerate(("one pass", "two passes", "three passes"), 1):
+            values[name] = rerank(agent, *longer, passes)[0]
+    return log, values
+
+
+def start_worker() -> None:
+    """One thread, no progress bars: the parent has its own."""
+    torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = "1"
+
+
+def quietly(function, *arguments):
+    """Call a function; what it prints is lost."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
+            contextlib.redirect_stderr(nowhere):
+        return function(*arguments)
+
+
+def run_jobs(settings: Settings, arms: Sequence[str]) -> tuple[list[dict], dict[str, list[list[float]]]]:
+    """All arms and seeds. Returns the logs' rows and {row of the table: values [seed][query]}."""
+    logs, values = [], {}
+    starts = [True, False] if "never trained to reason" in arms else [True]
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(settings.workers, fresh, start_worker) as workers, \
+            tqdm(total=len(settings.seeds) * (len(starts) + len(arms)), unit="job") as bar:
+        weights = {(seed, reason): workers.submit(quietly, warm_start, settings, seed, reason)
+                   for reason in starts for seed in settings.seeds}
+        for future in weights.values():
+            future.add_done_callback(lambda _: bar.update())
+        jobs = {}
+        for seed, arm in itertools.product(settings.seeds, arms):
+            start = weights[seed, arm != "never trained to reason"].result()
+            jobs[arm, seed] = workers.submit(quietly, job, settings, seed, arm, start)
+            jobs[arm, seed].add_done_callback(lambda _: bar.update())
+        for (arm, seed), future in jobs.items():
+            log, judged = future.result()
+            logs += [{"arm": arm, "seed": seed, **row} for row in log]
+            for name, row in judged.items():
+                values.setdefault(name, []).append(row)
+    return logs, values
+
+
+def table(values: dict[str, list[list[float]]]) -> list[dict]:
+    """A row an experiment: its mean, the paired difference with its interval, the paper's direction.
+
+    The interval is a bootstrap over queries of the mean over seeds; `seeds` are the differences of each.
+    """
+    rows = []
+    for name, (sign, words) in PAPER.items():
+        if name == "length against quality":
+            per_seed = [statistics.fmean(row) for row in values[name]]
+            mean, low, high = bootstrap_interval([x for row in values[name] for x in row])
+            level = mean
+        else:
+            base = "one pass" if name.endswith("passes") else "full"
+            differences = [[a - b for a, b in zip(*pair)] for pair in zip(values[name], values[base])]
+            per_seed = [statistics.fmean(row) for row in differences]
+            mean, low, high = bootstrap_interval([statistics.fmean(column) for column in zip(*differences)])
+            level = statistics.fmean(statistics.fmean(row) for row in values[name])
+        seen = (low > 0 or high < 0) and len({x > 0 for x in per_seed}) == 1
+        direction = (mean > 0) - (mean < 0) if seen else 0
+        verdict = ("a miniature cannot show it" if name in CANNOT else "no row in the paper" if sign is None
+                   else "reproduced" if direction == sign else "the opposite" if direction == -sign
+                   else "no difference seen" if direction == 0 else "not reproduced")
+        rows.append({"experiment": name, "value": level, "difference": mean, "low": low, "high": high,
+                     "seeds": " ".join(f"{x:+.3f}" for x in per_seed), "paper": words, "verdict": verdict})
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict], columns: Sequence[str]) -> None:
+    """Rows as CSV, numbers with four digits."""
+    with atomic_write(path) as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+LOG = ("arm", "seed", "step", "reward", "ndcg", "reward_std", "rank", "format1", "format2", "permutations",
+       "identity", "flat_groups", "length", "cut", "kl", "entropy", "grad_norm", "grades_right",
+       "answer_follows_grades")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the experiments, write the CSVs, print the table."""
+    settings = command_line(Settings, argv, __doc__)
+    if settings.quick:
+        settings = dataclasses.replace(settings, steps=25, sft_steps=400, eval_queries=100)
+    folder = Path(settings.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    logs, values = run_jobs(settings, list(FAILURES if settings.failures else ARMS))
+    for row in logs:
+        row.update({k: float(v) for k, v in row.items() if k in LOG[3:] and v})
+    write_csv(folder / ("failures.csv" if settings.failures else "ablation_logs.csv"), logs, LOG)
+    if settings.failures:
+        for arm in FAILURES:
+            last = [row for row in logs if row["arm"] == arm and int(row["step"]) > settings.steps - 10]
+            means = {k: statistics.fmean(row[k] for row in last) for k in
+                     ("reward", "ndcg", "permutations", "identity", "flat_groups", "length", "entropy", "kl")}
+            print(f"{arm:30}", "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
+        return 0
+    rows = table(values)
+    write_csv(folder / "ablations.csv", rows, list(rows[0]))
+    traces = [{"model": name.split(", ")[1].split(":")[0], "grades": name.split(": ")[1], "seed": seed,
+               "share": row[0]} for name in values if name.startswith("trace")
+              for seed, row in zip(settings.seeds, values[name])]
+    write_csv(folder / "traces.csv", traces, ("model", "grades", "seed", "share"))
+    full, long = (statistics.fmean(map(statistics.fmean, values[name])) for name in ("full", "one pass"))
+    print(f"full: NDCG@10 {full:.3f}; lists of 24, one pass: {long:.3f}. Differences from these:")
+    for row in rows:
+        print(f"{row['experiment']:28} {row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})  "
+              f"seeds {row['seeds']}  paper: {row['paper']}: {row['verdict']}")
+    for trace in traces:
+        print("order follows the grades, {model}, grades {grades}, seed {seed}: {share:.2f}".format(**trace))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
