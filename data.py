@@ -307,7 +307,8 @@ def _candidates(record: dict, where: str) -> Candidates:
     query = _field(head, ("text", "query", "question"), "the query's text", where)
     result = Candidates(qid, query, [], [], [])
     for n, hit in enumerate(hits, 1):
-        here, doc, score = f"{where}, passage {n}", hit.get("doc", hit), hit.get("score")
+        here, doc = f"{where}, passage {n}", hit.get("doc", hit)
+        score = hit.get("score", len(hits) - n)  # without one, the place in the list
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not -1e300 < score < 1e300:
             raise InputError(f"{here}: expected a finite number as score, found {score!r:.40}")
         text = _field(doc, TEXT_FIELDS, "the passage's text", here)
@@ -323,7 +324,8 @@ def _candidates(record: dict, where: str) -> Candidates:
 def read_candidates(path: str | Path) -> list[Candidates]:
     """Read first-stage lists in the file's order: that order is the ranking, scores are only carried along.
 
-    One object a line or one JSON list, .gz of each, of one of three shapes; ids become strings:
+    One object a line or one JSON list, .gz of each, of one of three shapes; ids become strings, scores may
+    be left out:
     rank_llm           {"query": {"text", "qid"}, "candidates": [{"docid", "score", "doc": {"contents"}}]}
     RankGPT, REARANK   {"query", "hits": [{"content", "qid", "docid", "score"}]}
     Rankify            {"question", "query_id", "ctxs": [{"id", "title", "text", "score"}]}

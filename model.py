@@ -385,18 +385,20 @@ def read_tokens(model, cohorts: Sequence[Cohort]) -> None:
 
 @torch.inference_mode()
 def sample(model, prompts: Sequence[Sequence[int]], group: int = 1, max_new_tokens: int = 2048,
-           temperature: float = 1.0, stop_ids: Sequence[int] = (), seed: int = 0, max_rows: int = 128,
-           progress: Callable[[int], None] | None = None) -> list[list[Completion]]:
+           temperature: float = 1.0, stop_ids: Sequence[int] = (), seed: int | Sequence[int] = 0,
+           max_rows: int = 128, progress: Callable[[int], None] | None = None) -> list[list[Completion]]:
     """Draw `group` answers to each prompt. Returns one list of completions per prompt, in the prompts' order.
 
     Each prompt is encoded once for its whole group. Rows that have ended leave, and when a quarter of the
     rows is free the next prompts come in: up to `max_rows` answers (one group at least) are written at a
-    time. The same seed gives the same tokens whatever `max_rows` is (up to rounding). `progress` is called
-    with the number of answers just ended.
+    time. The same seed, or one for each prompt, gives the same tokens whatever `max_rows` is (up to
+    rounding). `progress` is called with the number of answers just ended.
     """
     total, begun, cohorts = len(prompts) * group, 0, []
-    numbers, generator = max_new_tokens if temperature else 1, torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(total, numbers, generator=generator).to(model.device)  # one a token of each answer
+    numbers = max_new_tokens if temperature else 1
+    seeds = [(seed, total)] if isinstance(seed, int) else [(one, group) for one in seed]
+    uniforms = torch.cat([torch.rand(n, numbers, generator=torch.Generator().manual_seed(one))
+                          for one, n in seeds]).to(model.device)  # one for each token of each answer
     answers = [Completion([], False) for _ in range(total)]  # answer a belongs to prompt a // group
     most = max(group, min(max_rows, total))
     while begun < len(prompts) or cohorts:

@@ -1,8 +1,11 @@
 """A real model's tokenizer, template and weights, where REARANK_TEST_MODEL names its folder."""
 
+import importlib.util
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from conftest import full_logps
 from test_plan import cpu_corrections
 
+from data import InputError
 from grpo import MasterAdamW, RunFolder, Settings, grpo_loss, memory_rows
 from model import load_agent, load_config, microbatches, parameters, sample
 from rearank import Reranker, encode_prompt
@@ -109,3 +113,27 @@ def test_the_plan_is_within_15_percent_of_what_the_process_takes(again):
                           env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"})  # freed is given back
     standing = 8 * parameters(config)  # weights and gradients, which were there before
     assert planned + standing == pytest.approx(int(done.stdout) + standing, rel=0.15)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("uvicorn") or not importlib.util.find_spec("fastapi"),
+                    reason='needs pip install "transformers[serving]"')
+def test_a_real_server_is_a_policy():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = Path(sys.executable).with_name("transformers")
+    with subprocess.Popen([command, "serve", FOLDER, "--host", "127.0.0.1", "--port", str(port)],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            reranker, deadline = None, time.time() + 120
+            while not reranker:
+                assert process.poll() is None and time.time() < deadline
+                try:
+                    reranker = Reranker(server=f"http://127.0.0.1:{port}/v1", max_new_tokens=12)
+                except InputError:  # not up yet
+                    time.sleep(0.5)
+            ranking = reranker.rank(QUERY, PASSAGES)
+        finally:
+            process.kill()
+    window = ranking.windows[0]
+    assert sorted(result.index for result in ranking) == [0, 1]
+    assert window.status != "error" and window.response and 0 < window.tokens <= 12 < window.prompt_tokens

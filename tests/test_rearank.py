@@ -128,8 +128,8 @@ def test_prompt_and_answer_fit_into_the_models_positions(toy, capsys):
     assert "the model has 60 positions: answers end at 30 tokens" in capsys.readouterr().err
     ranking = reranker.rank("rain " * 40, ["bread oven"] * 3)
     window = ranking.windows[0]
-    assert window.prompt_tokens + window.tokens <= 60 and window.prompt_cut
-    assert not Reranker(toy, "toy", max_new_tokens=20).rank("rain", ["bread"] * 2).windows[0].prompt_cut
+    assert window.prompt_tokens + window.tokens <= 60 and window.cut.to_fit
+    assert not Reranker(toy, "toy", max_new_tokens=20).rank("rain", ["bread"] * 2).windows[0].cut.to_fit
 
 
 def test_a_processor_with_bfloat16_reranks_in_it(toy, tmp_path, monkeypatch):
@@ -225,11 +225,14 @@ def test_results_carry_their_place_in_the_input_and_their_text(toy):
     assert ranking.windows[0].status in ("ok", "repaired", "untagged", "truncated", "malformed", "empty")
 
 
-def test_no_two_calls_draw_the_same_random_numbers_and_a_seed_repeats_them_all(toy):
+def test_random_numbers_depend_on_seed_query_and_window_and_not_on_the_count_of_calls(toy):
     def responses(seed):
-        reranker = Reranker(toy, "toy", temperature=1.0, max_new_tokens=20, seed=seed)
-        return [reranker.rank("rain bread", ["oak", "storm"]).windows[0].response for _ in range(3)]
-    assert len(set(responses(0) + responses(1))) == 6 and responses(0) == responses(0)
+        reranker = Reranker(toy, "toy", temperature=1.0, max_new_tokens=20, seed=seed, window=2, step=1)
+        return [window.response for query in ("rain bread", "oak goal", "rain bread")
+                for window in reranker.rank(query, ["oak", "oak", "oak"]).windows]
+    first = responses(0)
+    assert first[:2] == first[4:] and len(set(first + responses(1))) == 8
+    assert first == responses(0)
 
 
 def test_a_prompt_or_windows_that_make_no_sense_are_refused_before_anything_is_loaded():
@@ -277,7 +280,9 @@ def test_a_run_file_keeps_the_models_order_and_a_trace_of_each_window(monkeypatc
     run = read_run(tmp_path / "r.trec")["q1"]
     assert sorted(run, key=run.get, reverse=True) == ["d2", "d1", "d3", "d4"]
     assert len(set(run.values())) == 4  # no tie can undo it
-    [trace] = [json.loads(line) for line in (tmp_path / "r.trec.jsonl").read_text().splitlines()]
+    record, trace = [json.loads(line) for line in (tmp_path / "r.trec.jsonl").read_text().splitlines()]
+    assert (record["docids"], record["texts"]) == (["d1", "d2", "d3", "d4"], ["a", "b", "c", "d"])
+    assert record["order"] == ["d2", "d1", "d3", "d4"] and record["query"] == "rain"
     assert trace["order"] == ["d2", "d1", "d3"] and trace["docids"] == ["d1", "d2", "d3"]
     assert trace["status"] == "ok"
     assert (counts["calls"], counts["ok"], counts["queries"], counts["unchanged"]) == (1, 1, 1, 0)
