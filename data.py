@@ -305,10 +305,10 @@ def _candidates(record: dict, where: str) -> Candidates:
     head = record["query"] if isinstance(record.get("query"), dict) else record
     qid = _field({**dict(*hits[:1]), **head}, ("qid", "query_id"), "the query's id", where)
     query = _field(head, ("text", "query", "question"), "the query's text", where)
-    result = Candidates(qid, query, [], [], [])
+    result, scored = Candidates(qid, query, [], [], []), any("score" in hit for hit in hits)
     for n, hit in enumerate(hits, 1):
         here, doc = f"{where}, passage {n}", hit.get("doc", hit)
-        score = hit.get("score", len(hits) - n)  # without one, the place in the list
+        score = hit.get("score") if scored else len(hits) - n  # where none has one: the place in the list
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not -1e300 < score < 1e300:
             raise InputError(f"{here}: expected a finite number as score, found {score!r:.40}")
         text = _field(doc, TEXT_FIELDS, "the passage's text", here)
@@ -324,8 +324,8 @@ def _candidates(record: dict, where: str) -> Candidates:
 def read_candidates(path: str | Path) -> list[Candidates]:
     """Read first-stage lists in the file's order: that order is the ranking, scores are only carried along.
 
-    One object a line or one JSON list, .gz of each, of one of three shapes; ids become strings, scores may
-    be left out:
+    One object a line or one JSON list, .gz of each, of one of three shapes; ids become strings, a list may
+    have no scores:
     rank_llm           {"query": {"text", "qid"}, "candidates": [{"docid", "score", "doc": {"contents"}}]}
     RankGPT, REARANK   {"query", "hits": [{"content", "qid", "docid", "score"}]}
     Rankify            {"question", "query_id", "ctxs": [{"id", "title", "text", "score"}]}

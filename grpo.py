@@ -245,7 +245,8 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
         for step in tqdm(steps, desc="GRPO", initial=done, total=settings.steps, unit="step"):
             lr = learning_rate(step, settings.steps, settings.lr, settings.warmup, settings.decay)
             batch = batch_of(instances, step, settings)
-            row, rollouts = grpo_step(agent, reference, optimizer, batch, lr, settings, step, reward, loss)
+            row, rollouts = grpo_step(agent, reference, optimizer, batch, lr, settings, step, reward=reward,
+                                      loss=loss)
             done = step
             if held_out and (step % settings.eval_every == 0 or step == settings.steps):
                 row |= validate(agent, *held_out, settings)

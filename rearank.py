@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 from data import (Candidates, InputError, atomic_write, check_run, command_line, read_candidates, read_text,
                   run_main, setting, write_run)
-from model import Agent, Completion, has_native_bfloat16, load_agent, pick_device, sample
+from model import (Agent, Completion, has_native_bfloat16, load_agent, out_of_memory, pick_device,
+                   sample)
 from reward import parse_ranking
 
 # ------------------------------------------------------------------------------------------------------------
@@ -292,6 +293,13 @@ class Answer:
     error: str = ""
 
 
+class StaysHere(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the key would go along."""
+
+    def redirect_request(self, *_):
+        return None
+
+
 class Server:
     """Chat completions over HTTP, as vLLM, SGLang, llama.cpp, Ollama and hosted models have them.
 
@@ -304,15 +312,14 @@ class Server:
                  retries: int = 4):
         self.url, self.concurrency, self.timeout = url.rstrip("/"), concurrency, timeout
         self.key = os.environ.get("REARANK_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
-        self.retries = 0
+        self.opener, self.retries = urllib.request.build_opener(StaysHere), 0
         models = self.call("/models")  # is it there?
-        self.model, self.retries = model, retries
+        self.model, self.retries, reason = model, retries, models if isinstance(models, str) else "no model"
         if not model and not isinstance(models, str):
             self.model = next((m["id"] for m in models.get("data") or [] if isinstance(m, dict)), "")
-        if not self.model:
-            raise InputError(f"--server {url}: {models if isinstance(models, str) else 'it lists no model'}; "
-                             "expected the address of an OpenAI-compatible server (http://host:8000/v1), and "
-                             "--model NAME where it serves several")
+        if not self.model or isinstance(models, str) and not models.startswith(("HTTP", "expected")):
+            raise InputError(f"--server {url}: {reason}; expected the address of an OpenAI-compatible server "
+                             "(http://host:8000/v1), and --model NAME where it lists none")
 
     def call(self, path: str, body: dict | None = None) -> dict | str:
         """The JSON object that the server sends, or in one line why there is none."""
@@ -323,7 +330,7 @@ class Server:
         for attempt in itertools.count():
             wait = min(30.0, 0.5 * 2**attempt)
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                with self.opener.open(request, timeout=self.timeout) as reply:
                     found = json.loads(reply.read())
                 if isinstance(found, dict):
                     return found
@@ -552,10 +559,15 @@ class Reranker(Options):
     def _ask_model(self, asked: list, seeds: list[int], progress) -> list[tuple[Cut, list[Answer]]]:
         prompts = [fit_prompt(self.agent.tokenizer, query, passages, self.prompt, self.max_prompt_tokens,
                               self.added, self.passage_chars) for query, passages in asked]
-        groups: list[list[Completion]] = sample(
-            self.agent.model, [ids for ids, _ in prompts], self.samples, self.max_new_tokens,
-            self.temperature, self.agent.stop_ids, seeds, self.max_rows,
-            progress and (lambda ended: progress(ended / self.samples)))
+        try:
+            groups: list[list[Completion]] = sample(
+                self.agent.model, [ids for ids, _ in prompts], self.samples, self.max_new_tokens,
+                self.temperature, self.agent.stop_ids, seeds, self.max_rows,
+                progress and (lambda ended: progress(ended if self.samples == 1 else ended / self.samples)))
+        except (RuntimeError, MemoryError) as error:  # torch's own is a RuntimeError
+            if not out_of_memory(error):
+                raise
+            raise InputError("too little memory for these prompts: lower --max-rows") from None
         opened = self.opened + self.added
         return [(cut, [Answer(opened + self.agent.decode(c), len(c.ids), len(ids), c.finished)
                        for c in group]) for (ids, cut), group in zip(prompts, groups)]
@@ -567,7 +579,7 @@ class Reranker(Options):
             answer = self.policy.answer(chat, temperature=self.temperature, max_tokens=self.max_new_tokens,
                                         seed=seed % 2**31)
             if progress:
-                progress(1 / self.samples)
+                progress(1 if self.samples == 1 else 1 / self.samples)
             return answer
 
         jobs = [(ask, seed + k) for ask, seed in zip(asked, seeds) for k in range(self.samples)]

@@ -1,7 +1,7 @@
 """The paper's experiments in miniature: what each part of REARANK brings, on the toy task, with intervals.
 
     python benchmarks/ablations.py               (three seeds, about 40 minutes on 2 cores)
-    python benchmarks/ablations.py --quick       (8 minutes: shorter training, wider intervals)
+    python benchmarks/ablations.py --quick       (10 minutes: shorter training, wider intervals)
     python benchmarks/ablations.py --failures    (training gone wrong in four ways, right once: 15 minutes)
 
 For each seed one model is warm-started, and every experiment ("arm") goes on from it for the same number of
@@ -170,9 +170,8 @@ def rerank(agent: Agent, lists: list, labels: list, passes: int = 1,
 def length_against_quality(agent: Agent, seed: int, queries: int = 50, samples: int = 20) -> list[float]:
     """Spearman's correlation of answer length and NDCG@10 in each query's answers at temperature 0.6."""
     lists, labels = held_out(queries, 6, seed)
-    lists, labels = ([x for x in xs for _ in range(samples)] for xs in (lists, labels))
-    scores, tokens = (np.array(x).reshape(-1, samples) for x in
-                      rerank(agent, lists, labels, temperature=0.6, seed=seed))
+    drawn = [rerank(agent, lists, labels, temperature=0.6, seed=draw) for draw in range(samples)]
+    scores, tokens = (np.array(x).T for x in zip(*drawn))  # [queries, samples]
     ranks = [np.array([[(row < x).sum() + (row == x).sum() / 2 for x in row] for row in rows])
              for rows in (scores, tokens)]
     return [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(*ranks) if a.std() > 0 and b.std() > 0]

@@ -217,6 +217,14 @@ def test_stability_is_the_agreement_of_orders_between_shuffles(toy, tmp_path, mo
         assert found["top10_overlap"] == pytest.approx(overlap, abs=0.1)
 
 
+def test_memory_that_runs_out_is_one_line(toy, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
+    monkeypatch.setattr(rearank, "sample", full)
+    with pytest.raises(InputError, match="lower --max-rows"):
+        Reranker(toy, "toy").rank("rain", ["a", "b"])
+
+
 # --- their server
 
 
@@ -335,9 +343,17 @@ def test_the_key_is_never_shown(server, monkeypatch):
     assert "secret-key" not in window.error and "***" in window.error
 
 
-def test_no_server_at_all_is_one_line():
+@pytest.mark.parametrize("model", ["", "name"])
+def test_no_server_at_all_is_one_line(model):
     with pytest.raises(InputError, match="--server http://127.0.0.1:9/v1: .*expected the address"):
-        Server("http://127.0.0.1:9/v1", timeout=2)
+        Server("http://127.0.0.1:9/v1", model, timeout=2)
+
+
+def test_a_redirect_is_not_followed_with_the_key(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    Fake.script = [fails(302, Location=f"{server}/elsewhere")]
+    window = Reranker(server=server).rank("q", ["a", "b"]).windows[0]
+    assert window.status == "error" and "HTTP 302" in window.error and len(Fake.seen) == 1
 
 
 def test_errors_of_a_server_are_counted_and_end_with_status_1(server, tmp_path, capsys):
@@ -367,7 +383,7 @@ sys.exit(rearank.main(sys.argv[1:]))
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
-    write_candidates(tmp_path / "c.jsonl", toy_task(12, 9, seed=0)[0])
+    write_candidates(tmp_path / "c.jsonl", toy_task(8, 9, seed=0)[0])
     options = ["--model", "m", "--prompt", "toy", "--window", "6", "--step", "3", "--max-new-tokens", "12",
                "--temperature", "1", "--max-rows", "2", "--device", "cpu"]
 
@@ -385,8 +401,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
 
     assert run("whole")[1] == 0
     run("killed", kill_after=5)
-    for lines in (9, 20):  # and again, later
-        run("killed", "--resume", kill_after=lines)
+    run("killed", "--resume", kill_after=14)  # and again, later
     with open(tmp_path / "killed.jsonl", "a") as file:
         file.write('{"qid": "tra')  # what a kill leaves of a line
     assert run("killed", "--resume")[1] == 0

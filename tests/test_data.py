@@ -124,6 +124,14 @@ def spoiled(**changes):
     return json.dumps({**RANK_LLM, "candidates": hits})
 
 
+def test_a_list_without_scores_is_in_its_own_order(tmp_path):
+    hits = [{"docid": name, "doc": {"text": name}} for name in ("b", "a", "c")]
+    path = tmp_path / "lists.jsonl"
+    path.write_text(json.dumps({"query": {"qid": "1", "text": "q"}, "candidates": hits}))
+    [query] = read_candidates(path)
+    assert query.docids == ["b", "a", "c"] and query.scores == [2, 1, 0]
+
+
 @pytest.mark.parametrize(
     "line, expected",
     [

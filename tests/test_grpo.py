@@ -266,13 +266,12 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
 # --- training
 
 
-def test_a_tiny_model_learns_what_is_rewarded(toy, tmp_path, monkeypatch):
+def test_a_tiny_model_learns_what_is_rewarded(toy, tmp_path):
     """Reward a token: the policy writes it more often. This is the whole of GRPO, without the ranking."""
     def share(text, *_):
         return Score(text.split().count("storm") / max(1, len(text.split())), 0.0, 0.0, 0.0, 0.0)
-    monkeypatch.setattr(grpo, "score_response", share)
     settings = quick(tmp_path, prompts_per_step=2, group=16, steps=40, lr=3e-3, save_every=1000)
-    train(toy, one_window() * 2, settings, RunFolder(settings))
+    train(toy, one_window() * 2, settings, RunFolder(settings), reward=share)
     log = list(csv.DictReader(open(tmp_path / "run/log.csv")))
     assert float(log[0]["reward"]) < 0.1 < 0.5 < float(log[-1]["reward"])
     wanted = toy.tokenizer.convert_tokens_to_ids("storm")
@@ -350,10 +349,10 @@ def test_bfloat16_masters_survive_a_resume(tmp_path):
 
 def test_ctrl_c_leaves_a_checkpoint_and_a_log(toy, tmp_path, monkeypatch):
     honest = grpo.grpo_step
-    def interrupted(*arguments):
+    def interrupted(*arguments, **hooks):
         if arguments[-1] == 2:
             raise KeyboardInterrupt
-        return honest(*arguments)
+        return honest(*arguments, **hooks)
     monkeypatch.setattr(grpo, "grpo_step", interrupted)
     settings = quick(tmp_path, steps=9, save_every=100)
     with pytest.raises(KeyboardInterrupt):
@@ -363,12 +362,12 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_log(toy, tmp_path, monkeypatch):
     load_agent(str(tmp_path / "run/checkpoint"), "cpu")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "grpo_loss", lambda logps, *_: logps.sum() * float("nan"))
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(toy, tmp_path):
     before = [p.detach().clone() for p in toy.model.parameters()]
     settings = quick(tmp_path, reward="random")
     with pytest.raises(SystemExit, match="step 1: loss nan"):
-        train(toy, one_window(), settings, RunFolder(settings))
+        train(toy, one_window(), settings, RunFolder(settings),
+              loss=lambda logps, *_: logps.sum() * float("nan"))
     assert all(torch.equal(a, b) for a, b in zip(before, toy.model.parameters()))
 
 
