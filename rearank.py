@@ -41,6 +41,7 @@ from data import (Candidates, InputError, atomic_write, check_run, command_line,
                   run_main, setting, write_run)
 from model import (Agent, Completion, has_native_bfloat16, load_agent, out_of_memory, pick_device,
                    sample)
+from report import sentences
 from reward import parse_ranking
 
 # ------------------------------------------------------------------------------------------------------------
@@ -743,8 +744,8 @@ def rank_lines(settings: Settings) -> int:
     rows = [{"rank": r.rank, "line": r.index + 1, "text": r.text} for r in ranking]
     rows += [{"rank": n, "line": n, "text": line} for n, line in enumerate(lines, 1) if n > settings.top_k]
     for row in rows if settings.explain else ():
-        said = [sentence for w in ranking.windows if row["line"] - 1 in w.positions
-                for sentence in sentences_on(w.reasoning, w.positions.index(row["line"] - 1) + 1)]
+        said = [sentence.strip() for w in ranking.windows if (place := row["line"] - 1) in w.positions
+                for sentence, named in sentences(w.reasoning) if w.positions.index(place) + 1 in named]
         row["reasoning"] = " ".join(said)
     if settings.format == "json":
         print(json.dumps(rows, ensure_ascii=False, indent=1))
@@ -760,12 +761,6 @@ def rank_lines(settings: Settings) -> int:
         if w.status != "ok":
             print(f"answer {w.status}: {w.error or w.response!r:.200}", file=sys.stderr)
     return int(any(w.status == "error" for w in ranking.windows))
-
-
-def sentences_on(reasoning: str, number: int) -> list[str]:
-    """The sentences that name passage [number], by itself or in a list as [3, 5]."""
-    sentences = re.split(r"(?<=[.!?;])\s+|\n|(?<=\d)\s(?=\[\d+\])", reasoning)
-    return [s for s in sentences if re.search(rf"\[(?:\d+\s*,\s*)*{number}\s*[\],]", s)]
 
 
 def check_stability(settings: Settings, agent: Agent | None = None) -> dict[str, float]:

@@ -19,7 +19,7 @@ import rearank
 from data import Candidates, InputError, read_run, write_candidates
 from model import load_tokenizer
 from rearank import (Reranker, Server, Settings, as_content, build_messages, encode_prompt, fuse,
-                     rerank_file, sentences_on)
+                     rerank_file)
 from toy import toy_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,16 +151,16 @@ def test_what_is_no_list_of_texts_is_refused_before_the_model_runs(monkeypatch, 
 
 
 def test_lines_of_text_are_ranked_and_printed_with_what_is_said_of_them(toy, tmp_path, capsys, monkeypatch):
-    said = "<think> [1] oak 0 [2] rain 1 </think> <answer> [2] > [1] </answer>"
+    said = "<think> [1] says oak. [2] says rain. </think> <answer> [2] > [1] </answer>"
     monkeypatch.setattr(rearank, "load_agent", lambda *a: toy)
-    ids = toy.tokenizer(said)["input_ids"]
-    monkeypatch.setattr(rearank, "sample", lambda *a, **k: [[rearank.Completion(ids, False)]])
+    monkeypatch.setattr(rearank, "sample", lambda *a, **k: [[rearank.Completion([5], False)]])
+    monkeypatch.setattr(rearank.Agent, "decode", lambda self, completion: said)
     (tmp_path / "lines.txt").write_text("an oak\n\nthe rain\n")
     command = ["--model", "m", "--prompt", "toy", "--query", "rain", str(tmp_path / "lines.txt")]
     assert rearank.main(command) == 0
     assert capsys.readouterr().out.splitlines() == ["  1. [2] the rain", "  2. [1] an oak"]
     rearank.main([*command, "--explain"])
-    assert "  1. [2] the rain\n     [2] rain 1\n" in capsys.readouterr().out
+    assert "  1. [2] the rain\n     [2] says rain.\n" in capsys.readouterr().out
     rearank.main([*command, "--format", "json"])
     assert [row["line"] for row in json.loads(capsys.readouterr().out)] == [2, 1]
     rearank.main([*command, "--format", "tsv"])
@@ -168,12 +168,6 @@ def test_lines_of_text_are_ranked_and_printed_with_what_is_said_of_them(toy, tmp
     for missing, word in ((["--query", "q"], "DOCUMENTS"), (["--input", "x"], "--output"), ([], "--input")):
         with pytest.raises(InputError, match=word):
             rearank.main(["--model", "m", *missing])
-
-
-def test_sentences_are_found_by_the_number_they_name():
-    text = "[1] is about wax. [3] and [13] say more; see [2, 3] too.\nNothing here [31]."
-    assert sentences_on(text, 3) == ["[3] and [13] say more;", "see [2, 3] too."]
-    assert sentences_on(text, 1) == ["[1] is about wax."]
 
 
 def test_several_answers_are_fused_by_reciprocal_ranks(toy):
