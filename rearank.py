@@ -146,7 +146,7 @@ def build_messages(query: str, passages: list[str], prompt: str = "rearank",
     ...] for a chat template; empty turns are left out.
     """
     if prompt not in PROMPTS:
-        raise ValueError(f"unknown prompt {prompt!r}: expected one of {', '.join(PROMPTS)}")
+        raise InputError(f"unknown prompt {prompt!r}: expected one of {', '.join(PROMPTS)}")
     form, limit = PROMPTS[prompt], passage_chars or PROMPTS[prompt].passage_chars
     query = as_content(query, tokenizer)
     # str.replace and not str.format: a query may hold braces.
@@ -254,7 +254,7 @@ def window_bounds(n: int, window: int = 20, step: int = 10) -> list[tuple[int, i
     [(25, 45), (15, 35), (5, 25), (0, 15)]
     """
     if not 0 < step <= window:
-        raise ValueError(f"window {window}, step {step}: expected 0 < step <= window, or ranks are skipped")
+        raise InputError(f"window {window}, step {step}: expected 0 < step <= window, or ranks are skipped")
     bounds, end = [], n
     while n > 1 and (not bounds or bounds[-1][0] > 0):
         bounds.append((max(0, end - window), end))
@@ -484,11 +484,11 @@ class Reranker(Options):
         build_messages("", [], self.prompt)  # raises for an unknown prompt, before anything is loaded
         window_bounds(0, self.window, self.step)
         if self.samples < 1 or self.samples > 1 and not self.temperature:
-            raise ValueError(f"samples {self.samples}: expected 1, or several at a temperature above 0")
+            raise InputError(f"samples {self.samples}: expected 1, or several at a temperature above 0")
         self.opened = self.added = ""
         if self.server:
             if not self.think:
-                raise ValueError("think=False: a server cannot be made to begin with an empty think block")
+                raise InputError("think=False: a server cannot be made to begin with an empty think block")
             self.policy = Server(self.server, self.model, self.concurrency, self.timeout)
             return
         if not isinstance(self.model, Agent):
@@ -616,12 +616,9 @@ class Settings(Options):
 
 
 def make_reranker(settings: Settings, agent: Agent | None = None) -> Reranker:
-    """The reranker of these settings. What makes no sense is an InputError here."""
-    options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Reranker)}
-    try:
-        return Reranker(**options | {"model": agent or settings.model})
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    """The reranker of these settings."""
+    options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Options)}
+    return Reranker(**options | {"model": agent or settings.model})
 
 
 def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
@@ -637,7 +634,8 @@ def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
         raise InputError(f"--output {settings.output}: would overwrite the input; expected another name")
     trace, identity = Path(settings.output + ".jsonl"), run_identity(settings)
     batch_size = settings.concurrency if settings.server else settings.max_rows
-    rows = finished_rows(trace, identity, lists, batch_size) if settings.resume else []
+    unit = 1 if settings.server else batch_size  # what a model here says depends, in rounding, on its batch
+    rows = finished_rows(trace, identity, lists, unit) if settings.resume else []
     reranker = make_reranker(settings, agent)
     run: dict[str, list[str]] = {}
     counts, started = Counter(), time.time()
@@ -786,8 +784,7 @@ def check_stability(settings: Settings, agent: Agent | None = None) -> dict[str,
 def main(argv: list[str] | None = None) -> int:
     """Rerank as the command line says. Status 1 where a window had no answer."""
     settings = command_line(Settings, argv, __doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1])
-    if settings.step > settings.window:
-        raise InputError(f"--window {settings.window} --step {settings.step}: expected step <= window")
+    window_bounds(0, settings.window, settings.step)  # before anything is loaded
     needs = {"--model (or --server)": settings.model or settings.server}
     if settings.query or settings.documents:
         needs |= {"--query": settings.query, "DOCUMENTS": settings.documents}

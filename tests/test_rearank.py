@@ -341,7 +341,7 @@ def test_the_command_reranks_and_counts(toy, tmp_path, capsys):
     options = ["--prompt", "toy", "--window", "6", "--step", "3", "--max-new-tokens", "5", "--device", "cpu"]
     assert rearank.main(["--model", str(tmp_path / "m"), *files, *options]) == 0
     assert "2 queries, 4 calls" in capsys.readouterr().out and len(read_run(tmp_path / "r.trec")) == 2
-    with pytest.raises(InputError, match="expected step <= window"):
+    with pytest.raises(InputError, match="expected 0 < step <= window"):
         rearank.main(["--model", "m", *files, "--window", "5", "--step", "6"])
 
 
