@@ -141,7 +141,7 @@ def sample_rollouts(agent: Agent, instances: list[Instance], settings: Settings,
     scheme = "normalized" if settings.reward == "random" else settings.reward
     scores = [reward(text, instances[i // G].labels, instances[i // G].ideal, scheme)
               for i, text in enumerate(texts)]
-    cut = statistics.fmean(cut.to_fit for _, cut in fitted)
+    cut = statistics.fmean(cut.prompt_cut for _, cut in fitted)
     return Rollouts(instances, prompts, completions, texts, scores, cut, time.perf_counter() - started)
 
 

@@ -15,6 +15,7 @@ Where it departs from the paper (arXiv 2505.20046) and the authors' code:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -30,7 +31,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
@@ -101,13 +102,9 @@ PROMPTS = {
 
 
 @functools.lru_cache(maxsize=8)
-def added_ids(tokenizer) -> tuple[frozenset[int], bool]:
-    """(ids that text must not bring about, whether all are written with more than words and punctuation)."""
-    added = {token: id for token, id in tokenizer.get_added_vocab().items() if id != tokenizer.unk_token_id}
-    return frozenset(added.values()), not any(PLAIN.fullmatch(token) for token in added)
-
-
-PLAIN = re.compile(r"[\w\s.,;:'\"!?()-]*")
+def added_ids(tokenizer) -> frozenset[int]:
+    """The ids of special and added tokens, which no text may bring about."""
+    return frozenset(tokenizer.get_added_vocab().values()) - {tokenizer.unk_token_id}
 
 
 def as_content(text: str, tokenizer=None) -> str:
@@ -117,23 +114,22 @@ def as_content(text: str, tokenizer=None) -> str:
     gets a blank inside. Without one, for a server, so does all that looks like a mark, `<|...|>`. Half a
     surrogate pair becomes "?". Other text stays exactly as it is.
     """
-    text = text.encode("utf-8", "replace").decode()
-    text = re.sub(r"\[(\s*\d+\s*)\]", r"(\1)", text)
+    text = re.sub(r"\[(\s*\d+\s*)\]", r"(\1)", text.encode("utf-8", "replace").decode())
     text = re.sub(r"<(?=/?(?:think|answer)>)", "< ", text)
     if tokenizer is None:
-        return re.sub(r"<(?=[|｜]|/?(?:s|bos|eos|start_of_turn|end_of_turn)>)|\[(?=/?INST)", r"\g<0> ", text)
-    added, marked = added_ids(tokenizer)
-    if marked and PLAIN.fullmatch(text):
-        return text  # most texts: asking the tokenizer takes its time
-    if tokenizer.unk_token and tokenizer.unk_token in text:
+        marks = r"<(?=[|｜]|<SYS|/?(?:s|unk|pad|bos|eos|\w+_of_turn)>)|\[(?=/?[A-Z_]{4,}\])"
+        return re.sub(marks, r"\g<0> ", text)
+    if tokenizer.unk_token:
         text = text.replace(tokenizer.unk_token, " ".join(tokenizer.unk_token))
     for _ in range(10):  # a break can let a second mark appear around it
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = [span for id, span in zip(encoded["input_ids"], encoded["offset_mapping"]) if id in added]
+        spans = [(start, end) for id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"])
+                 if id in added_ids(tokenizer) and text[start:end].strip()]  # blanks do no harm
         if not spans:
             return text
         for start, end in reversed(spans):
-            text = text[:start + 1] * (end > start + 1) + " " + text[start + 1:]
+            start = end - len(text[start:end].lstrip())  # some marks take the blanks before them
+            text = text[:start + (end - start > 1)] + " " + text[start + 1:]
     return re.sub(r"[^\w\s]", " ", text)  # a tokenizer that takes blanks out: nothing but words is left
 
 
@@ -146,7 +142,7 @@ def build_messages(query: str, passages: list[str], prompt: str = "rearank",
     ...] for a chat template; empty turns are left out.
     """
     if prompt not in PROMPTS:
-        raise InputError(f"unknown prompt {prompt!r}: expected one of {', '.join(PROMPTS)}")
+        raise ValueError(f"unknown prompt {prompt!r}: expected one of {', '.join(PROMPTS)}")
     form, limit = PROMPTS[prompt], passage_chars or PROMPTS[prompt].passage_chars
     query = as_content(query, tokenizer)
     # str.replace and not str.format: a query may hold braces.
@@ -196,13 +192,12 @@ def encode_prompt(tokenizer, query: str, passages: list[str], prompt: str = "rea
 
 
 class Cut(NamedTuple):
-    """What a prompt leaves out: whether it had to be cut to fit; characters of the query; passages that were
-    cut, which is the rule beyond `passage_chars`, and their characters."""
+    """How a prompt was cut: whether it had to be, to fit; characters of the query; what is left of a passage,
+    which is cut beyond `passage_chars` in every prompt."""
 
-    to_fit: bool = False
-    query: int = 0
-    passages: int = 0
-    chars: int = 0
+    prompt_cut: bool
+    query_chars_cut: int
+    passage_chars: int
 
 
 def fit_prompt(tokenizer, query: str, passages: list[str], prompt: str, max_tokens: int, start: str = "",
@@ -212,23 +207,16 @@ def fit_prompt(tokenizer, query: str, passages: list[str], prompt: str, max_toke
     One over `max_tokens` (some BRIGHT queries have thousands) is made to fit: first the query is cut to a
     quarter of the room, then the passages shorter and shorter. InputError where even that is too long.
     """
-    limit, asked = passage_chars or PROMPTS[prompt].passage_chars, query
-    for attempt, chars in enumerate((limit, limit, *(c for c in (300, 200, 100, 50) if c < limit))):
-        if attempt == 1:
-            ids = tokenizer(as_content(query, tokenizer), add_special_tokens=False)["input_ids"]
-            query = tokenizer.decode(ids[:max_tokens // 4])
-        text = render_chat(tokenizer, build_messages(query, passages, prompt, chars, tokenizer))
+    limit, short = passage_chars or PROMPTS[prompt].passage_chars, query
+    ids = tokenizer(as_content(query, tokenizer), add_special_tokens=False)["input_ids"]
+    if len(ids) > max_tokens // 4:
+        short = tokenizer.decode(ids[:max_tokens // 4])
+    for asked, chars in ((query, limit), *((short, c) for c in (limit, 300, 200, 100, 50) if c <= limit)):
+        text = render_chat(tokenizer, build_messages(asked, passages, prompt, chars, tokenizer))
         ids = tokenizer(text + start, add_special_tokens=False)["input_ids"]
         if len(ids) <= max_tokens:
-            return ids, what_is_cut(passages, chars)._replace(to_fit=attempt > 0,
-                                                              query=max(0, len(asked) - len(query)))
+            return ids, Cut((asked, chars) != (query, limit), max(0, len(query) - len(asked)), chars)
     raise InputError(f"{len(passages)} passages do not fit into {max_tokens} tokens: use a smaller window")
-
-
-def what_is_cut(passages: list[str], chars: int) -> Cut:
-    """How many of the passages are longer than `chars`, and by how many characters together."""
-    over = [length - chars for p in passages if (length := len(" ".join(p.split()))) > chars]
-    return Cut(passages=len(over), chars=sum(over))
 
 
 def fit_context(config, max_prompt_tokens: int, max_new_tokens: int) -> tuple[int, int]:
@@ -254,7 +242,7 @@ def window_bounds(n: int, window: int = 20, step: int = 10) -> list[tuple[int, i
     [(25, 45), (15, 35), (5, 25), (0, 15)]
     """
     if not 0 < step <= window:
-        raise InputError(f"window {window}, step {step}: expected 0 < step <= window, or ranks are skipped")
+        raise ValueError(f"window {window}, step {step}: expected 0 < step <= window, or ranks are skipped")
     bounds, end = [], n
     while n > 1 and (not bounds or bounds[-1][0] > 0):
         bounds.append((max(0, end - window), end))
@@ -309,72 +297,60 @@ class Server:
     server answers at all.
     """
 
-    def __init__(self, url: str, model: str = "", concurrency: int = 8, timeout: float = 600.0,
-                 retries: int = 4):
+    def __init__(self, url: str, model: str = "", concurrency: int = 8, timeout: float = 600.0):
         self.url, self.concurrency, self.timeout = url.rstrip("/"), concurrency, timeout
-        self.key = os.environ.get("REARANK_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
-        self.opener, self.retries = urllib.request.build_opener(StaysHere), 0
-        models = self.call("/models")  # is it there?
-        self.model, self.retries, reason = model, retries, models if isinstance(models, str) else "no model"
-        if not model and not isinstance(models, str):
-            self.model = next((m["id"] for m in models.get("data") or [] if isinstance(m, dict)), "")
-        if not self.model or isinstance(models, str) and not models.startswith(("HTTP", "expected")):
-            raise InputError(f"--server {url}: {reason}; expected the address of an OpenAI-compatible server "
-                             "(http://host:8000/v1), and --model NAME where it lists none")
+        self.key = (os.environ.get("REARANK_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
+        self.opener = urllib.request.build_opener(StaysHere)
+        models = self.call("/models", retries=0)
+        with contextlib.suppress(LookupError, TypeError):
+            model = model or models["data"][0]["id"]
+        if not model or models.get("code", 404) != 404:  # 404: some list none
+            raise InputError(f"--server {url}: {models.get('error', 'no model')}; expected the address of an "
+                             "OpenAI-compatible server (http://host:8000/v1), --model NAME if it lists none")
+        self.model = model
 
-    def call(self, path: str, body: dict | None = None) -> dict | str:
-        """The JSON object that the server sends, or in one line why there is none."""
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body else None,
-                                         {"Content-Type": "application/json"})
-        if self.key:
-            request.add_header("Authorization", f"Bearer {self.key}")
-        for attempt in itertools.count():
-            wait = min(30.0, 0.5 * 2**attempt)
+    def call(self, path: str, body: dict | None = None, retries: int = 4) -> dict:
+        """The JSON object that the server sends, or {"error": why there is none, "code": HTTP's or 0}."""
+        head = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {self.key}"} if self.key else {})
+        for attempt in range(retries + 1):
+            wait, code = min(30.0, 0.5 * 2**attempt), 0
             try:
+                data = json.dumps(body).encode() if body else None
+                request = urllib.request.Request(self.url + path, data, head)
                 with self.opener.open(request, timeout=self.timeout) as reply:
-                    found = json.loads(reply.read())
-                if isinstance(found, dict):
-                    return found
-                reason = f"expected a JSON object, found {found!r:.80}"
+                    return dict(json.load(reply))
             except HTTPError as error:
-                text = " ".join(error.read(2000).decode("utf-8", "replace").split())
-                reason = f"HTTP {error.code}: {text:.200}"
-                if error.code != 429 and error.code < 500:
-                    return self.hide(reason)
+                code, text = error.code, ""
+                with contextlib.suppress(OSError, http.client.HTTPException):  # its text may never come
+                    text = error.read(2000).decode("utf-8", "replace")
                 after = error.headers.get("Retry-After") or ""
                 wait = min(60.0, float(after)) if after.isdigit() else wait
-            except json.JSONDecodeError as error:
-                reason = f"expected JSON, found {error.doc!r:.80}"
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}"
-            if attempt >= self.retries:
-                return self.hide(reason)
+            except (OSError, http.client.HTTPException, ValueError, TypeError, RecursionError) as error:
+                text = f"{type(error).__name__}: {error}"
+            if attempt == retries or 0 < code < 500 and code != 429:
+                return {"error": self.one_line(f"HTTP {code}: {text}" if code else text), "code": code}
             time.sleep(wait)
 
-    def hide(self, text: str) -> str:
-        """Without the key, should a server send it back."""
-        return text.replace(self.key, "***") if self.key else text
+    def one_line(self, text: str) -> str:
+        """The beginning, without the key, should a server send it back."""
+        return " ".join((text.replace(self.key, "***") if self.key else text).split())[:200]
 
     def answer(self, messages: list[dict], **options) -> Answer:
         """One chat. A reasoning field of its own is put in front of the content, in think tags."""
         reply = self.call("/chat/completions", {"model": self.model, "messages": messages, **options})
-        if isinstance(reply, str):
-            return Answer("", error=reply)
         try:
-            [choice, *_], usage = reply["choices"], reply.get("usage") or {}
-            content, thought = choice["message"].get("content"), None
-            for name in ("reasoning_content", "reasoning"):
-                thought = thought or choice["message"].get(name)
-            if not isinstance(content or thought, str):
-                raise TypeError("no text")
-            text, finished = content or "", choice.get("finish_reason") != "length"
-            if isinstance(thought, str) and "<think>" not in text:
-                text = f"<think>{thought}</think>{text}" if content or finished else f"<think>{thought}"
-            tokens = [usage.get(name) or 0 for name in ("completion_tokens", "prompt_tokens")]
-            return Answer(text, *map(int, tokens), finished)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            return Answer("", error=self.hide(f"expected a chat completion, found {json.dumps(reply):.200} "
-                                              f"({type(error).__name__}: {error})"))
+            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            message, finished = choice["message"], choice.get("finish_reason") != "length"
+            thought = message.get("reasoning_content") or message.get("reasoning") or ""
+            text = message.get("content") or "" if thought else message["content"]
+            if thought and "<think>" not in text:
+                text = f"<think>{thought}" + f"</think>{text}" * bool(text or finished)
+            counts = [int(usage.get(name) or 0) for name in ("completion_tokens", "prompt_tokens")]
+            return Answer(text.encode("utf-8", "replace").decode(), *counts, finished)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            found = f"expected a chat completion, found {json.dumps(reply)}"
+            return Answer("", error=self.one_line(str(reply.get("error") or found)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -398,9 +374,10 @@ class Window:
 
     @property
     def reasoning(self) -> str:
-        """What stands between <think> and </think> (empty where there is none)."""
-        _, _, rest = self.response.partition("<think>")
-        return rest.partition("</think>")[0].strip()
+        """What stands before </think>, less a <think> (which some servers keep); empty without a tag."""
+        before, closed, _ = self.response.partition("</think>")
+        _, opened, inside = before.partition("<think>")
+        return (inside if opened else before if closed else "").strip()
 
 
 @dataclasses.dataclass
@@ -425,19 +402,16 @@ class Reranking(list):
 def document_text(document: str | dict, place: str) -> str:
     """The text of a document, a string or a dict with "text" and perhaps a "title". TypeError."""
     fields = document if isinstance(document, dict) else {"text": document}
-    text, title = fields.get("text"), fields.get("title") or ""
-    if not isinstance(text, str) or not isinstance(title, str):
-        found = fields if isinstance(document, dict) else document
-        raise TypeError(f'{place}: expected a string, or a dict with "text", found {found!r:.60}')
+    text, title = fields.get("text"), fields.get("title")
+    if not isinstance(text, str):
+        raise TypeError(f'{place}: expected a string, or a dict with "text", found {document!r:.60}')
     return f"{title} {text}" if title else text
 
 
 def fuse(orders: Sequence[Sequence[int]], size: int) -> list[int]:
     """Reciprocal rank fusion: by the sum of 1 / (60 + rank), rank from 1; ties stay in place."""
-    sums = Counter({i: 0.0 for i in range(size)})
-    for order in orders:
-        sums.update({i: 1 / (60 + rank) for rank, i in enumerate(order, 1)})
-    return sorted(range(size), key=lambda i: -round(sums[i], 12))
+    scores = [sum(1 / (61 + order.index(i)) for order in orders) for i in range(size)]
+    return sorted(range(size), key=lambda i: -round(scores[i], 12))
 
 
 @dataclasses.dataclass
@@ -484,11 +458,11 @@ class Reranker(Options):
         build_messages("", [], self.prompt)  # raises for an unknown prompt, before anything is loaded
         window_bounds(0, self.window, self.step)
         if self.samples < 1 or self.samples > 1 and not self.temperature:
-            raise InputError(f"samples {self.samples}: expected 1, or several at a temperature above 0")
+            raise ValueError(f"samples {self.samples}: expected 1, or several at a temperature above 0")
         self.opened = self.added = ""
         if self.server:
             if not self.think:
-                raise InputError("think=False: a server cannot be made to begin with an empty think block")
+                raise ValueError("think=False: a server cannot be made to begin with an empty think block")
             self.policy = Server(self.server, self.model, self.concurrency, self.timeout)
             return
         if not isinstance(self.model, Agent):
@@ -521,7 +495,7 @@ class Reranker(Options):
                   progress: Callable[[int], None] | None = None) -> list[Reranking]:
         """Rerank many (query, texts) lists; windows of different queries share a batch.
 
-        `progress` is called with the number of windows just answered.
+        `progress` is called with the number of answers just ended.
         """
         bounds = [window_bounds(len(texts), self.window, self.step) for _, texts in lists]
         orders = [list(range(len(texts))) for _, texts in lists]
@@ -543,18 +517,19 @@ class Reranker(Options):
         ask = self._ask_server if self.server else self._ask_model
         windows = []
         for window, (cut, answers) in zip(positions, ask(asked, seeds, progress)):
-            read = [(a, parse_ranking(a.text, len(window))) for a in answers]
-            statuses = ["error" if answer.error else ranking.status for answer, ranking in read]
-            orders = [ranking.order for (answer, ranking), status in zip(read, statuses)
-                      if status in ("ok", "repaired", "untagged", "truncated")]
-            first = answers[0]
+            read = [parse_ranking(a.text, len(window)) for a in answers]
+            statuses = ["error" if a.error else r.status for a, r in zip(answers, read)]
+            votes = [r.order for a, r, status in zip(answers, read, statuses)
+                     if status in ("ok", "repaired", "untagged")  # and cut off, but not before an order began
+                     or status == "truncated" and "<answer>" in a.text]
+            orders = [[window[i] for i in order]
+                      for order in (fuse(votes, len(window)), *(r.order for r in read))]
             windows.append(Window(
-                positions=window, response=first.text, cut=cut, error=first.error,
+                positions=window, response=answers[0].text, cut=cut, order=orders[0],
                 status=next((status for status in statuses if status != "ok"), "ok"),
-                order=[window[i] for i in fuse(orders, len(window))], tokens=sum(a.tokens for a in answers),
-                prompt_tokens=first.prompt_tokens, finished=all(a.finished for a in answers),
-                samples=[(a.text, status, [window[i] for i in ranking.order])
-                         for (a, ranking), status in zip(read, statuses)] if self.samples > 1 else []))
+                error=next((a.error for a in answers if a.error), ""), tokens=sum(a.tokens for a in answers),
+                prompt_tokens=answers[0].prompt_tokens, finished=all(a.finished for a in answers),
+                samples=[*zip((a.text for a in answers), statuses, orders[1:])] if self.samples > 1 else []))
         return windows
 
     def _ask_model(self, asked: list, seeds: list[int], progress) -> list[tuple[Cut, list[Answer]]]:
@@ -563,8 +538,7 @@ class Reranker(Options):
         try:
             groups: list[list[Completion]] = sample(
                 self.agent.model, [ids for ids, _ in prompts], self.samples, self.max_new_tokens,
-                self.temperature, self.agent.stop_ids, seeds, self.max_rows,
-                progress and (lambda ended: progress(ended if self.samples == 1 else ended / self.samples)))
+                self.temperature, self.agent.stop_ids, seeds, self.max_rows, progress)
         except (RuntimeError, MemoryError) as error:  # torch's own is a RuntimeError
             if not out_of_memory(error):
                 raise
@@ -575,20 +549,19 @@ class Reranker(Options):
 
     def _ask_server(self, asked: list, seeds: list[int], progress) -> list[tuple[Cut, list[Answer]]]:
         def one(job):
-            (query, passages), seed = job
-            chat = build_messages(query, passages, self.prompt, self.passage_chars or None)
-            answer = self.policy.answer(chat, temperature=self.temperature, max_tokens=self.max_new_tokens,
-                                        seed=seed % 2**31)
+            messages, seed = job
+            answer = self.policy.answer(messages, temperature=self.temperature, seed=seed % 2**31,
+                                        max_tokens=self.max_new_tokens)
             if progress:
-                progress(1 if self.samples == 1 else 1 / self.samples)
+                progress(1)
             return answer
 
-        jobs = [(ask, seed + k) for ask, seed in zip(asked, seeds) for k in range(self.samples)]
-        with ThreadPoolExecutor(self.concurrency) as threads:
-            answers = list(threads.map(one, jobs))
-        chars = self.passage_chars or PROMPTS[self.prompt].passage_chars
-        return [(what_is_cut(passages, chars), answers[i * self.samples:(i + 1) * self.samples])
-                for i, (_, passages) in enumerate(asked)]
+        chats = [build_messages(*ask, self.prompt, self.passage_chars or None) for ask in asked]
+        jobs = [(chat, seed + k) for chat, seed in zip(chats, seeds) for k in range(self.samples)]
+        with ThreadPool(self.concurrency) as threads:  # daemons: Ctrl-C waits for no answer
+            answers = iter(threads.map(one, jobs, 1))
+        cut = Cut(False, 0, self.passage_chars or PROMPTS[self.prompt].passage_chars)
+        return [(cut, [*itertools.islice(answers, self.samples)]) for _ in asked]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -616,9 +589,12 @@ class Settings(Options):
 
 
 def make_reranker(settings: Settings, agent: Agent | None = None) -> Reranker:
-    """The reranker of these settings."""
-    options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Options)}
-    return Reranker(**options | {"model": agent or settings.model})
+    """The reranker of these settings. What makes no sense is an InputError here."""
+    options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Reranker)}
+    try:
+        return Reranker(**options | {"model": agent or settings.model})
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
@@ -628,20 +604,20 @@ def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
     grows with each batch, the run of the finished queries is written on the way out, and --resume goes on
     from there.
     """
-    lists = read_candidates(settings.input)[:settings.limit or None]
+    lists, k = read_candidates(settings.input)[:settings.limit or None], settings.top_k
     check_run(settings.output, {c.qid: c.docids for c in lists}, settings.tag)  # now, not after the work
     if Path(settings.input).resolve() in (Path(settings.output + end).resolve() for end in ("", ".jsonl")):
         raise InputError(f"--output {settings.output}: would overwrite the input; expected another name")
-    trace, identity = Path(settings.output + ".jsonl"), run_identity(settings)
+    trace, identity, started = Path(settings.output + ".jsonl"), run_identity(settings), time.time()
     batch_size = settings.concurrency if settings.server else settings.max_rows
     unit = 1 if settings.server else batch_size  # what a model here says depends, in rounding, on its batch
-    rows = finished_rows(trace, identity, lists, unit) if settings.resume else []
+    lines = finished_lines(trace, identity, len(lists), unit) if settings.resume else []
+    if not settings.resume and trace.exists() and 0 < trace.read_bytes().count(b'"texts": ') < len(lists):
+        raise InputError(f"{trace} holds a run that was interrupted: pass --resume to go on, or remove it")
     reranker = make_reranker(settings, agent)
     run: dict[str, list[str]] = {}
-    counts, started = Counter(), time.time()
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    k, slide = settings.top_k, (settings.window, settings.step)
-    total = sum(len(window_bounds(min(len(c.docids), k), *slide)) for c in lists)
+    counts = Counter()
+    total = sum(len(window_bounds(min(len(c.docids), k), settings.window, settings.step)) for c in lists)
 
     def note(row: dict) -> None:
         if "texts" in row:
@@ -649,15 +625,14 @@ def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
         else:
             counts.update(window_counts(row))
 
+    with atomic_write(trace, "wb") as file:
+        file.writelines(lines)
+    for line in lines:
+        note(json.loads(line))
     try:
-        with atomic_write(trace) as file:  # of the batches that are whole
-            for row in rows:
-                note(row)
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        done = len(run)
-        with open(trace, "a", encoding="utf-8") as file, \
-                tqdm(total=total, initial=counts["calls"], unit="window") as bar:
-            for first in range(done, len(lists), batch_size):
+        with open(trace, "a", encoding="utf-8", newline="\n") as file, \
+                tqdm(total=total * settings.samples, initial=counts["calls"], unit="answer") as bar:
+            for first in range(len(run), len(lists), batch_size):
                 batch = lists[first:first + batch_size]
                 rankings = reranker.rank_many([(c.query, c.texts[:k]) for c in batch], bar.update)
                 for c, ranking in zip(batch, rankings):
@@ -669,10 +644,14 @@ def rerank_file(settings: Settings, agent: Agent | None = None) -> Counter:
         if run:
             write_run(settings.output, run, settings.tag)
         if len(run) < len(lists):
-            there = settings.output if run else "nothing"
-            print(f"stopped early: {there} holds {len(run)} of {len(lists)} queries; --resume goes on",
-                  file=sys.stderr)
-    counts["queries"], counts["seconds"] = len(run), round(time.time() - started)
+            print(f"stopped early: {settings.output if run else 'nothing'} holds {len(run)} of {len(lists)} "
+                  "queries; --resume goes on", file=sys.stderr)
+    counts.update(queries=len(run), seconds=round(time.time() - started))
+    if counts["error"]:
+        with open(trace, encoding="utf-8") as file:
+            reason = next(row["error"] for row in map(json.loads, file) if row.get("error"))
+        print(f"{counts['error']} windows without an answer, the first: {reason}; --resume asks again",
+              file=sys.stderr)
     return counts
 
 
@@ -683,25 +662,24 @@ def run_identity(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(same).encode() + Path(settings.input).read_bytes()).hexdigest()[:16]
 
 
-def finished_rows(trace: Path, identity: str, lists: list[Candidates], batch_size: int) -> list[dict]:
-    """The JSONL's rows of whole batches, so that a resumed run has the batches of an unbroken one.
+def finished_lines(trace: Path, identity: str, queries: int, batch_size: int) -> list[bytes]:
+    """The JSONL's lines of whole batches, so that a resumed run has the batches of an unbroken one.
 
-    A line that was cut off ends them. InputError where they are another run's.
+    A line cut off, or a window that got no answer, ends them. InputError where they are another run's.
     """
-    groups: list[list[dict]] = []
-    for line in trace.read_text(encoding="utf-8").splitlines() if trace.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if "texts" in row:
-            groups.append([])
-            if row.get("run") != identity or row["qid"] != lists[min(len(groups), len(lists)) - 1].qid:
-                raise InputError(f"--resume: {trace} was begun with other settings or another input")
-        groups[-1].append(row)
-    whole = groups[:-1] if groups and len(groups[-1]) <= groups[-1][0]["windows"] else groups
-    count = len(whole) if len(whole) == len(lists) else len(whole) // batch_size * batch_size
-    return [row for group in whole[:count] for row in group]
+    lines = trace.read_bytes().splitlines(True) if trace.exists() else []
+    lines = lines if lines and lines[-1].endswith(b"\n") else lines[:-1]
+    with contextlib.suppress(ValueError, AttributeError):
+        rows = [json.loads(line) for line in lines]
+        starts = [n for n, row in enumerate(rows) if row.get("run") == identity]
+        if len(starts) == sum("texts" in row for row in rows) and starts[:1] == [0] * bool(rows):
+            end = next((n for n, row in enumerate(rows) if row.get("status") == "error"), len(rows))
+            starts = [n for n in starts if n < end]
+            if not starts or end - starts[-1] > rows[starts[-1]]["windows"]:  # the last query is whole
+                starts.append(end)
+            whole = len(starts) - 1
+            return lines[:starts[whole if whole == queries else whole // batch_size * batch_size]]
+    raise InputError(f"--resume: {trace} was begun with other settings or another input")
 
 
 def trace_rows(c: Candidates, ranking: Reranking, k: int, identity: str) -> Iterable[dict]:
@@ -710,25 +688,23 @@ def trace_rows(c: Candidates, ranking: Reranking, k: int, identity: str) -> Iter
     yield {"qid": c.qid, "query": c.query, "docids": c.docids, "texts": c.texts, "order": order,
            "windows": len(ranking.windows), "run": identity}
     for w in ranking.windows:
-        named = [[c.docids[p] for p in places] for places in (w.positions, w.order)]
-        row = {"qid": c.qid, "docids": named[0], "status": w.status, "order": named[1],
-               "reasoning": w.reasoning, "response": w.response, "tokens": w.tokens,
-               "prompt_tokens": w.prompt_tokens, "finished": w.finished, "prompt_cut": w.cut.to_fit,
-               "query_chars_cut": w.cut.query, "passages_cut": w.cut.passages, "chars_cut": w.cut.chars}
-        if w.error:
-            row["error"] = w.error
-        if w.samples:
-            row["samples"] = [{"response": text, "status": status, "order": [c.docids[p] for p in places]}
-                              for text, status, places in w.samples]
-        yield row
+        shown, order = ([c.docids[p] for p in places] for places in (w.positions, w.order))
+        over = [max(0, len(" ".join(c.texts[p].split())) - w.cut.passage_chars) for p in w.positions]
+        yield {"qid": c.qid, "docids": shown, "status": w.status, "order": order, "reasoning": w.reasoning,
+               "response": w.response, "tokens": w.tokens, "prompt_tokens": w.prompt_tokens,
+               "finished": w.finished, "error": w.error, "prompt_cut": w.cut.prompt_cut,
+               "query_chars_cut": w.cut.query_chars_cut, "passages_cut": sum(map(bool, over)),
+               "chars_cut": sum(over),
+               "samples": [{"response": text, "status": status, "order": [c.docids[p] for p in places]}
+                           for text, status, places in w.samples]}
 
 
 def window_counts(row: dict) -> dict[str, int]:
-    """What the closing line and --stats count of one window."""
-    return {"calls": max(1, len(row.get("samples", ()))), "windows": 1, row["status"]: 1,
-            "cut": int(not row["finished"]), "unchanged": int(row["order"] == row["docids"]),
-            "prompts cut": int(row["prompt_cut"]), "queries cut": int(row["query_chars_cut"] > 0),
-            "passages": len(row["docids"]), "passages cut": row["passages_cut"],
+    """What the closing line and --stats count of one window, in the closing line's words."""
+    return {"calls": len(row["samples"]) or 1, "windows": 1, row["status"]: 1,
+            "unchanged": int(row["order"] == row["docids"]), "cut at the limit": int(not row["finished"]),
+            "prompts cut to fit": int(row["prompt_cut"]), "queries cut": int(row["query_chars_cut"] > 0),
+            "passages": len(row["docids"]), "passages shortened": row["passages_cut"],
             "characters cut": row["chars_cut"], "prompt tokens": row["prompt_tokens"],
             "new tokens": row["tokens"]}
 
@@ -736,25 +712,25 @@ def window_counts(row: dict) -> dict[str, int]:
 def rank_lines(settings: Settings) -> int:
     """Rank the lines of a file for --query and print them, with --explain beside what is said of each."""
     name = settings.documents
-    lines = (sys.stdin.read() if name == "-" else read_text(name)).splitlines()
-    lines = [line for line in lines if line.strip()]
+    text = sys.stdin.read() if name == "-" else read_text(name)
+    numbered = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    numbers, lines = [n for n, _ in numbered], [line for _, line in numbered]
     ranking = make_reranker(settings).rank(settings.query, lines[:settings.top_k])
-    rows = [{"rank": r.rank, "line": r.index + 1, "text": r.text} for r in ranking]
-    rows += [{"rank": n, "line": n, "text": line} for n, line in enumerate(lines, 1) if n > settings.top_k]
-    for row in rows if settings.explain else ():
-        said = [sentence.strip() for w in ranking.windows if (place := row["line"] - 1) in w.positions
-                for sentence, named in sentences(w.reasoning) if w.positions.index(place) + 1 in named]
+    order = [r.index for r in ranking] + [*range(len(ranking), len(lines))]
+    rows = [{"rank": rank, "line": numbers[i], "text": lines[i]} for rank, i in enumerate(order, 1)]
+    for row, i in zip(rows, order) if settings.explain else ():
+        said = [text.strip() for w in ranking.windows if i in w.positions
+                for text, named in sentences(w.reasoning) if w.positions.index(i) + 1 in named]
         row["reasoning"] = " ".join(said)
     if settings.format == "json":
         print(json.dumps(rows, ensure_ascii=False, indent=1))
     elif settings.format == "tsv":
-        for row in [dict(zip(rows[0], rows[0])), *rows] if rows else ():
-            print("\t".join(" ".join(str(value).split()) for value in row.values()))
+        for values in [rows[0].keys(), *(row.values() for row in rows)] if rows else ():
+            print("\t".join(" ".join(str(value).split()) for value in values))
     else:
         for row in rows:
-            print(f"{row['rank']:3}. [{row['line']}] {row['text']}")
-            if row.get("reasoning"):
-                print(f"     {row['reasoning']}")
+            reasoning = f"\n     {row['reasoning']}" if row.get("reasoning") else ""
+            print(f"{row['rank']:3}. [{row['line']}] {row['text']}{reasoning}")
     for w in ranking.windows:
         if w.status != "ok":
             print(f"answer {w.status}: {w.error or w.response!r:.200}", file=sys.stderr)
@@ -764,58 +740,57 @@ def rank_lines(settings: Settings) -> int:
 def check_stability(settings: Settings, agent: Agent | None = None) -> dict[str, float]:
     """How far the orders of one list agree when it comes in another order: Kendall's tau (1: the same, 0: no
     relation) and the overlap of the top 10, means over pairs of shuffles and over queries."""
-    lists = read_candidates(settings.input)[:settings.limit or None]
-    reranker, taus, overlaps = make_reranker(settings, agent), [], []
-    with tqdm(lists, unit="query") as bar:
-        for c in bar:
-            texts, orders = c.texts[:settings.top_k], []
-            for k in range(settings.check_stability):
-                places = random.Random(f"{settings.seed}\t{c.qid}\t{k}").sample(range(len(texts)), len(texts))
-                orders.append([places[r.index] for r in reranker.rank(c.query, [texts[p] for p in places])])
-            for one, other in itertools.combinations(orders, 2):
-                ranks = {p: rank for rank, p in enumerate(other)}
-                pairs = [ranks[a] < ranks[b] for a, b in itertools.combinations(one, 2)]
-                taus.append(2 * statistics.fmean(pairs) - 1 if pairs else 1.0)
-                overlaps.append(len({*one[:10]} & {*other[:10]}) / max(1, min(10, len(one))))
-    return {"queries": len(lists), "shuffles": settings.check_stability, "tau": statistics.fmean(taus),
-            "top10_overlap": statistics.fmean(overlaps)}
+    lists, reranker = read_candidates(settings.input)[:settings.limit or None], make_reranker(settings, agent)
+    taus, overlaps, errors = [], [], 0
+    if settings.check_stability < 2:
+        raise InputError("--check-stability 1: expected at least 2, to compare them")
+    for c in tqdm(lists, unit="query"):
+        n = min(len(c.texts), settings.top_k)
+        shuffles = [random.Random(f"{settings.seed}\t{c.qid}\t{k}").sample(range(n), n)
+                    for k in range(settings.check_stability)]
+        rankings = reranker.rank_many([(c.query, [c.texts[p] for p in places]) for places in shuffles])
+        errors += sum(w.status == "error" for ranking in rankings for w in ranking.windows)
+        orders = [[places[r.index] for r in ranking] for places, ranking in zip(shuffles, rankings)]
+        for one, other in itertools.combinations(orders, 2) if n > 1 else ():
+            pairs = [other.index(a) < other.index(b) for a, b in itertools.combinations(one, 2)]
+            taus.append(2 * statistics.fmean(pairs) - 1)
+            overlaps.append(len({*one[:10]} & {*other[:10]}) / min(10, n))
+    return {"queries": len(lists), "shuffles": settings.check_stability, "error": errors,
+            "tau": statistics.fmean(taus or [1]), "top10_overlap": statistics.fmean(overlaps or [1])}
+
+
+CLOSING = ("ok", "repaired", "untagged", "truncated", "malformed", "empty", "error", "unchanged",
+           "cut at the limit", "prompts cut to fit", "queries cut", "passages", "passages shortened",
+           "characters cut", "prompt tokens", "new tokens")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Rerank as the command line says. Status 1 where a window had no answer."""
-    settings = command_line(Settings, argv, __doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1])
-    window_bounds(0, settings.window, settings.step)  # before anything is loaded
-    needs = {"--model (or --server)": settings.model or settings.server}
+    settings = command_line(Settings, argv, "\n\n".join(__doc__.split("\n\n")[:2]))
+    needs = [(settings.model or settings.server, "--model (or --server)")]
     if settings.query or settings.documents:
-        needs |= {"--query": settings.query, "DOCUMENTS": settings.documents}
+        needs += [(settings.query, "--query"), (settings.documents, "DOCUMENTS")]
     else:
-        needs |= {"--input (or --query)": settings.input,
-                  "--output": settings.output or settings.check_stability}
-    if missing := [name for name, value in needs.items() if not value]:
+        needs += [(settings.input, "--input (or --query)"),
+                  (settings.output or settings.check_stability, "--output")]
+    if missing := [name for given, name in needs if not given]:
         raise InputError(f"expected {' and '.join(missing)}; --help lists all options")
     if settings.query:
         return rank_lines(settings)
     if settings.check_stability:
-        if settings.check_stability < 2:
-            raise InputError("--check-stability 1: expected at least 2, to compare them")
         found = check_stability(settings)
         print("{queries} queries, {shuffles} shuffles of each: Kendall's tau {tau:.3f}, overlap of the top "
-              "10 {top10_overlap:.3f}".format(**found))
+              "10 {top10_overlap:.3f}, {error} windows without an answer".format(**found))
     else:
         found = rerank_file(settings)
-        kinds = ("ok", "repaired", "untagged", "truncated", "malformed", "empty", "error")
-        statuses = ", ".join(f"{found[kind]} {kind}" for kind in kinds)
-        print(f"{found['queries']} queries, {found['calls']} calls in {found['seconds']} s: {statuses}; "
-              f"{found['unchanged']} changed nothing; {found['cut']} cut at the limit, "
-              f"{found['prompts cut']} prompts cut to fit, {found['queries cut']} queries cut, "
-              f"{found['passages cut']} of {found['passages']} passages shortened, by "
-              f"{found['characters cut']:,} characters; {found['prompt tokens']:,} prompt and "
-              f"{found['new tokens']:,} new tokens\n{settings.output} is the run, {settings.output}.jsonl "
-              "the reasoning (python report.py shows it)")
+        print(f"{found['queries']} queries, {found['calls']} calls in {found['seconds']} s:",
+              ", ".join(f"{found[name]:,} {name}" for name in CLOSING))
+        print(f"{settings.output} is the run, {settings.output}.jsonl the reasoning (report.py shows it)")
     if settings.stats:
         with atomic_write(settings.stats) as file:
-            json.dump(found, file, indent=1)
-    return int(bool(found.get("error")))
+            every = {} if settings.check_stability else dict.fromkeys(CLOSING, 0)
+            json.dump(every | found, file, indent=1)
+    return int(found["error"] > 0)
 
 
 if __name__ == "__main__":

@@ -158,13 +158,13 @@ def test_lines_of_text_are_ranked_and_printed_with_what_is_said_of_them(toy, tmp
     (tmp_path / "lines.txt").write_text("an oak\n\nthe rain\n")
     command = ["--model", "m", "--prompt", "toy", "--query", "rain", str(tmp_path / "lines.txt")]
     assert rearank.main(command) == 0
-    assert capsys.readouterr().out.splitlines() == ["  1. [2] the rain", "  2. [1] an oak"]
+    assert capsys.readouterr().out.splitlines() == ["  1. [3] the rain", "  2. [1] an oak"]
     rearank.main([*command, "--explain"])
-    assert "  1. [2] the rain\n     [2] says rain.\n" in capsys.readouterr().out
+    assert "  1. [3] the rain\n     [2] says rain.\n" in capsys.readouterr().out
     rearank.main([*command, "--format", "json"])
-    assert [row["line"] for row in json.loads(capsys.readouterr().out)] == [2, 1]
+    assert [row["line"] for row in json.loads(capsys.readouterr().out)] == [3, 1]
     rearank.main([*command, "--format", "tsv"])
-    assert capsys.readouterr().out == "rank\tline\ttext\n1\t2\tthe rain\n2\t1\tan oak\n"
+    assert capsys.readouterr().out == "rank\tline\ttext\n1\t3\tthe rain\n2\t1\tan oak\n"
     for missing, word in ((["--query", "q"], "DOCUMENTS"), (["--input", "x"], "--output"), ([], "--input")):
         with pytest.raises(InputError, match=word):
             rearank.main(["--model", "m", *missing])
@@ -186,11 +186,11 @@ def test_what_was_cut_is_counted(toy, tmp_path):
     settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy",
                         passage_chars=50, max_new_tokens=4)
     counts = rerank_file(settings, toy)
-    assert (counts["passages"], counts["passages cut"], counts["characters cut"]) == (3, 2, 69 + 69)
-    assert (counts["prompts cut"], counts["queries cut"]) == (0, 0)
+    assert (counts["passages"], counts["passages shortened"], counts["characters cut"]) == (3, 2, 69 + 69)
+    assert (counts["prompts cut to fit"], counts["queries cut"]) == (0, 0)
     longer = Settings(input=settings.input, output=settings.output, prompt="toy", max_new_tokens=4,
                       max_prompt_tokens=40)
-    assert rerank_file(longer, toy)["prompts cut"] == 1
+    assert rerank_file(longer, toy)["prompts cut to fit"] == 1
 
 
 def test_stability_is_the_agreement_of_orders_between_shuffles(toy, tmp_path, monkeypatch):
@@ -357,7 +357,23 @@ def test_errors_of_a_server_are_counted_and_end_with_status_1(server, tmp_path, 
     assert rearank.main([*files, "--concurrency", "1", "--stats", str(tmp_path / "s.json")]) == 1
     stats = json.loads((tmp_path / "s.json").read_text())
     assert (stats["error"], stats["repaired"], stats["new tokens"], stats["calls"]) == (1, 2, 18, 3)
-    assert "1 error" in capsys.readouterr().out and len(read_run(tmp_path / "r")) == 3
+    told = capsys.readouterr()
+    assert "1 error" in told.out and "HTTP 400" in told.err and len(read_run(tmp_path / "r")) == 3
+    before = len(Fake.seen)
+    assert rearank.main([*files, "--concurrency", "1", "--resume"]) == 0  # what had no answer is asked again
+    assert len(Fake.seen) == before + 3 and "0 error" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_is_not_overwritten_unasked(toy, tmp_path):
+    write_candidates(tmp_path / "c.jsonl", toy_task(4, 3, seed=0)[0])
+    settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy", max_rows=2,
+                        max_new_tokens=4)
+    rerank_file(settings, toy)
+    rerank_file(settings, toy)  # one that was finished may be
+    lines = (tmp_path / "r.jsonl").read_text().splitlines(True)
+    (tmp_path / "r.jsonl").write_text("".join(lines[:4]))
+    with pytest.raises(InputError, match="interrupted: pass --resume"):
+        rerank_file(settings, toy)
 
 
 # --- runs that are interrupted

@@ -128,8 +128,8 @@ def test_prompt_and_answer_fit_into_the_models_positions(toy, capsys):
     assert "the model has 60 positions: answers end at 30 tokens" in capsys.readouterr().err
     ranking = reranker.rank("rain " * 40, ["bread oven"] * 3)
     window = ranking.windows[0]
-    assert window.prompt_tokens + window.tokens <= 60 and window.cut.to_fit
-    assert not Reranker(toy, "toy", max_new_tokens=20).rank("rain", ["bread"] * 2).windows[0].cut.to_fit
+    assert window.prompt_tokens + window.tokens <= 60 and window.cut.prompt_cut
+    assert not Reranker(toy, "toy", max_new_tokens=20).rank("rain", ["bread"] * 2).windows[0].cut.prompt_cut
 
 
 def test_a_processor_with_bfloat16_reranks_in_it(toy, tmp_path, monkeypatch):
