@@ -651,6 +651,23 @@ def fetch(source: str, folder: Path, md5: str) -> Path:
     return path
 
 
+def hub_answers(seconds: float = 2.0) -> bool:
+    """Whether the hub, or its mirror in HF_ENDPOINT, can be reached: its client tries for half a minute."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if getproxies():  # then the way there is not a direct one
+        return True
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), seconds).close()
+    except OSError:
+        return False
+    return True
+
+
 def get(source: str, path: Path) -> bytes:
     """The content of an address, or of owner/name/file on the hub. InputError: put it at `path` by hand."""
     from urllib.request import Request, urlopen
@@ -662,7 +679,9 @@ def get(source: str, path: Path) -> bytes:
         try:
             if on_hub:  # its client keeps a cache of its own, resumes, knows mirrors and how to be offline
                 owner, name, file = source.split("/", 2)
-                return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")).read_bytes()
+                local = not hub_answers()
+                return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset",
+                                            local_files_only=local)).read_bytes()
             with urlopen(Request(source, headers={"User-Agent": "rearank"}), timeout=TIMEOUT) as response:
                 return response.read()
         except Exception as error:  # a refusal, a timeout, an answer cut off: whatever the two clients raise

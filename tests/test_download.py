@@ -11,6 +11,7 @@ import io
 import json
 import tarfile
 import threading
+import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -139,6 +140,7 @@ def server(monkeypatch, tmp_path):
         huggingface_hub.hf_hub_download, endpoint=server.url, cache_dir=tmp_path / "hub"
     )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub_file)
+    monkeypatch.setattr(data, "hub_answers", lambda: True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -495,3 +497,14 @@ def test_every_set_of_the_papers_table_has_candidates_and_judgements():
             set(md5) <= set("0123456789abcdef") and len(md5) in (0, 32) for md5 in (candidates_md5, qrels_md5)
         )
         assert paper is None or 30 < paper < 70
+
+
+def test_the_hub_without_a_network_is_one_line_within_seconds(monkeypatch, tmp_path):
+    """Its client would try again and again for half a minute, and say so each time."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    started = time.monotonic()
+    with pytest.raises(InputError, match="cannot fetch nobody/nothing/x.jsonl .*put it at") as refused:
+        data.get("nobody/nothing/x.jsonl", tmp_path / "x.jsonl")
+    assert time.monotonic() - started < 3 and "\n" not in str(refused.value)
