@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -30,20 +31,23 @@ import shutil
 import statistics
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from data import (Candidates, InputError, Instance, atomic_write, command_line, judged_labels,
                   read_candidates, read_qrels, run_main, setting, training_instances)
-from model import (Agent, Completion, free_memory, load_agent, load_config, microbatches, out_of_memory,
-                   parameters, pick_device, sample, token_mask)
+from model import (Agent, Completion, add_lora, free_memory, load_agent, load_config, merged_state,
+                   microbatches, out_of_memory, padded, parameters, pick_device, sample, save_adapter,
+                   token_mask)
 from rearank import PROMPTS, Reranker, answer_start, encode_prompt, fit_context, fit_prompt
 from reward import Score, ndcg, parse_ranking, score_response
 
@@ -103,13 +107,9 @@ def grpo_step(agent: Agent, reference, optimizer: MasterAdamW, instances: list[I
     rewards = rollout_rewards(rollouts, settings, step)  # [B, G]
     advantages = group_advantages(rewards)  # [B, G]
     update = update_policy(agent, reference, optimizer, rollouts, advantages, lr, settings, loss)
-    if not math.isfinite(update["loss"]) or not math.isfinite(update["grad_norm"]):
-        raise SystemExit(f"step {step}: loss {update['loss']}, gradient norm {update['grad_norm']}: not "
-                         "finite. The weights are as before this step. Lower --lr, or look at the newest "
-                         "rollouts in samples.txt.")
     row = {"step": step, **rollout_statistics(rollouts, rewards, advantages), **update, "lr": lr}
-    row |= {"seconds": time.perf_counter() - started, "peak_mib": peak_mib(agent.model.device)}
-    return row, rollouts
+    peaks = gather([peak_mib(agent.model.device)])
+    return row | {"seconds": time.perf_counter() - started, "peak_mib": max(peaks)}, rollouts
 
 
 @dataclasses.dataclass
@@ -127,15 +127,19 @@ class Rollouts:
 
 def sample_rollouts(agent: Agent, instances: list[Instance], settings: Settings, step: int,
                     reward: Callable[..., Score] = score_response) -> Rollouts:
-    """Sample G answers to each of B instances' prompts and score them (equations 5 and 6)."""
+    """Sample G answers to each of B instances' prompts and score them (equations 5 and 6).
+
+    Of several ranks each samples its share of the prompts, and all get all answers.
+    """
     started, G, tokenizer = time.perf_counter(), settings.group, agent.tokenizer
     fitted = [fit_prompt(tokenizer, x.query, x.texts, settings.prompt, settings.max_prompt_tokens)
               for x in instances]
-    prompts = [ids for ids, _ in fitted]
-    with tqdm(total=len(prompts) * G, desc=f"step {step} sampling", unit="answer", leave=False) as bar:
-        groups = sample(agent.model, prompts, G, settings.max_new_tokens, settings.temperature,
-                        agent.stop_ids, settings.seed * 1_000_003 + step, settings.max_rows, bar.update)
-    completions = [c for group in groups for c in group]
+    prompts, mine = [ids for ids, _ in fitted], my_share(len(fitted))
+    with tqdm(total=len(mine) * G, desc=f"step {step} sampling", unit="answer", leave=False) as bar:
+        groups = sample(agent.model, prompts[mine.start:mine.stop], G, settings.max_new_tokens,
+                        settings.temperature, agent.stop_ids, settings.seed * 1_000_003 + step,
+                        settings.max_rows, bar.update, mine.start)
+    completions = [c for group in gather(groups) for c in group]
     opened, _ = answer_start(tokenizer)  # the response begins with what the template has opened
     texts = [opened + agent.decode(c) for c in completions]
     scheme = "normalized" if settings.reward == "random" else settings.reward
@@ -155,37 +159,47 @@ def rollout_rewards(rollouts: Rollouts, settings: Settings, step: int) -> Tensor
 
 def update_policy(agent: Agent, reference, optimizer: MasterAdamW, rollouts: Rollouts, advantages: Tensor,
                   lr: float, settings: Settings, loss: Callable[..., Tensor] = grpo_loss) -> dict[str, float]:
-    """One update by advantages [B, G]. Returns loss, grad_norm, and kl and entropy per token.
+    """One update by advantages [B, G]. Returns loss, grad_norm, whether the update was skipped since one of
+    them is not finite, and per token kl, entropy and how far the log-probabilities are from the sampler's.
 
-    Without a reference kl is nan, and flat groups, which have no gradient at all, are not visited.
+    Without a reference kl is nan, and flat groups, which have no gradient at all, are not visited. A rank
+    visits its share of the groups; what is returned is of all.
     """
-    prompts, (B, G) = rollouts.prompts, advantages.shape
+    prompts, (B, G), device = rollouts.prompts, advantages.shape, agent.model.device
     answers = [c.ids for c in rollouts.completions]
+    sampled = padded([c.logps or [math.nan] * len(c.ids) for c in rollouts.completions], device)  # [B G, T]
     options = {name: getattr(settings, name) for name in ("temperature", "answer_tokens", "prompt_tokens",
                                                           "checkpointing")}
-    live = [g for g in range(B) if reference is not None or advantages[g].any()]
-    ref_logps = None if reference is None else reference_logps(reference, prompts, answers, options)
-    advantages, totals = advantages.flatten().to(agent.model.device), Counter()
+    mine = my_share(B)
+    live = [g for g in mine if reference is not None or advantages[g].any()]
+    ref_logps = None if reference is None else reference_logps(reference, prompts, answers, mine, options)
+    advantages = advantages.flatten().to(device)
+    sums, most = torch.zeros(5, device=device), torch.zeros((), device=device)
     for batch in microbatches(agent.model, prompts, answers, live, **options):
         (count, width), logps = batch.logps.shape, batch.logps
         ref = logps.detach() if ref_logps is None else ref_logps[batch.rows, :width]
         value = loss(logps, ref, advantages[batch.rows], batch.lengths, settings.beta)
         value = value * count / (B * G)  # a mean over all outputs, however they are cut into micro-batches
         value.backward()
-        kl = k3(logps.detach(), ref).sum()  # 0 at padding, where both are 0
-        totals.update(loss=value.item(), kl=kl.item(), entropy=batch.entropy.sum().item(),
-                      tokens=batch.lengths.sum().item())
-    tokens = totals["tokens"] or math.nan
-    return {"loss": totals["loss"], "kl": math.nan if reference is None else totals["kl"] / tokens,
-            "entropy": totals["entropy"] / tokens,
-            "grad_norm": optimizer.step(lr, settings.grad_clip) if live else 0.0}
+        kl = k3(logps.detach(), ref)  # 0 at padding, where both are 0
+        apart = (logps.detach() - sampled[batch.rows, :width]).abs()
+        sums += torch.stack([x.detach().sum() for x in (value, kl, batch.entropy, apart, batch.lengths)])
+        most = torch.maximum(most, apart.max())
+    loss_sum, kl, entropy, apart, tokens, alive = map(sum, zip(*gather([(*sums.tolist(), len(live))])))
+    tokens, finite = tokens or math.nan, math.isfinite(loss_sum)
+    norm = optimizer.step(lr, settings.grad_clip, skip=not finite) if alive else 0.0
+    return {"loss": loss_sum, "kl": math.nan if reference is None else kl / tokens,
+            "entropy": entropy / tokens, "logp_diff": apart / tokens,
+            "logp_diff_max": max(gather([most.item()])), "grad_norm": norm,
+            "skipped": int(not (finite and math.isfinite(norm)))}
 
 
 @torch.no_grad()
-def reference_logps(reference, prompts: list[list[int]], answers: list[list[int]], options: dict) -> Tensor:
-    """Log-probabilities of all answers' tokens under the frozen reference, [B G, T] (0 at padding)."""
+def reference_logps(reference, prompts: list[list[int]], answers: list[list[int]], groups: Sequence[int],
+                    options: dict) -> Tensor:
+    """Log-probabilities of these groups' tokens under the frozen reference, [B G, T] (0 elsewhere)."""
     logps = torch.zeros(len(answers), max(map(len, answers)), device=reference.device)
-    for batch in microbatches(reference, prompts, answers, **options):
+    for batch in microbatches(reference, prompts, answers, groups, **options):
         logps[batch.rows, :batch.logps.shape[1]] = batch.logps
     return logps
 
@@ -227,19 +241,24 @@ def peak_mib(device: torch.device) -> float:
 def train(agent: Agent, instances: list[Instance], settings: Settings, folder: RunFolder,
           measure: Callable[[Rollouts], dict] | None = None, held_out: tuple | None = None,
           reward: Callable[..., Score] = score_response, loss: Callable[..., Tensor] = grpo_loss) -> None:
-    """GRPO for settings.steps steps. `measure` adds columns to the log. Ctrl-C saves first.
+    """GRPO up to step settings.steps. `measure` adds columns to the log. Ctrl-C saves first (one rank only).
 
-    `held_out` (candidates, qrels): every settings.eval_every steps they are reranked, and the best policy
-    goes to best/. Another reward or loss is called as `score_response` or `grpo_loss` is.
+    `held_out` (candidates, qrels): every settings.eval_every steps they are reranked, and the best policy is
+    kept in best/. Another reward or loss is called as `score_response` or `grpo_loss` is. SystemExit where
+    three updates in a row had to be skipped.
     """
     if not instances:
         raise InputError("no training instance is left: check that candidates and judgements share query "
-                         "ids, or loosen --keep and --min-ndcg")
-    frozen = settings.beta > 0 or settings.log_kl
-    reference = copy.deepcopy(agent.model).requires_grad_(False) if frozen else None
+                         "ids, or loosen --keep-draws and --min-ndcg")
+    reference = None
+    if settings.beta > 0 or settings.log_kl:  # frozen weights, all but LoRA's, are there once for both
+        frozen = {id(p): p for p in agent.model.parameters() if not p.requires_grad}
+        reference = copy.deepcopy(agent.model, frozen).requires_grad_(False)
     optimizer = MasterAdamW(list(agent.model.parameters()), settings.weight_decay, settings.offload)
-    done, best = folder.load_state(optimizer) if settings.resume else (0, -1.0)
-    saved = done if settings.resume else -1  # a checkpoint that an earlier run left in the folder is not ours
+    state = folder.load(optimizer, "grpo")
+    done, best, rows = state["step"], (state["best"], state["best_step"]), folder.rewind(state)
+    warned = set().union(*(collapses(rows[:n]) for n in range(len(rows) + 1)))  # each once in a run
+    saved = done or -1  # of step 0 there is no save
     try:
         steps = range(done + 1, settings.steps + 1)
         for step in tqdm(steps, desc="GRPO", initial=done, total=settings.steps, unit="step"):
@@ -247,29 +266,59 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
             batch = batch_of(instances, step, settings)
             row, rollouts = grpo_step(agent, reference, optimizer, batch, lr, settings, step, reward=reward,
                                       loss=loss)
-            done = step
             if held_out and (step % settings.eval_every == 0 or step == settings.steps):
                 row |= validate(agent, *held_out, settings)
-                if row["eval_ndcg"] > best:
-                    best = row["eval_ndcg"]
-                    folder.save_model(agent, "best")
+                best = max(best, (row["eval_ndcg"], step), key=lambda pair: pair[0])  # the first of equals
             folder.log(row | (measure(rollouts) if measure else {}))
-            if (step - 1) % settings.samples_every == 0 or step == settings.steps:
-                folder.write_samples(step, rollouts, settings.group)
-            if step % settings.save_every == 0:
-                folder.save(agent, optimizer, step, best)
+            rewards = rollout_rewards(rollouts, settings, step)
+            if (step - 1) % settings.samples_every == 0 or step == settings.steps:  # of the first prompt
+                worst, *_, top = sorted(range(settings.group), key=rewards[0].tolist().__getitem__)
+                tqdm.write(folder.write_samples("samples.txt", step, rollouts, rewards, (top, worst)))
+            if row["skipped"]:
+                folder.write_samples("skipped.txt", step, rollouts, rewards, range(rewards.numel()))
+            done, optimizer.moved = step, False  # all that a save of this step holds is there
+            rows.append(row)
+            for warning in sorted(collapses(rows) - warned):
+                tqdm.write(f"step {step}: WARNING, a collapse? Compared with the earlier steps {warning}.")
+                warned.add(warning)
+            if [r["skipped"] for r in rows[-3:]] == [1, 1, 1]:
+                raise SystemExit(f"step {step}: the third update in a row that is not finite; lower --lr, or "
+                                 f"look at the rollouts in {folder.path}/skipped.txt")
+            if step % settings.save_every == 0 or step == best[1]:
                 saved = step
+                folder.save(agent, optimizer, "grpo", step, *best)
     finally:
-        if saved < done:
-            folder.save(agent, optimizer, done, best)
+        # Several ranks cannot agree to save when one of them is stopped, but at the end they all come here.
+        if saved < done and not optimizer.moved and (ranks()[1] == 1 or done == settings.steps):
+            folder.save(agent, optimizer, "grpo", done, *best)
         optimizer.release()
+
+
+def collapses(rows: list[dict[str, float]]) -> set[str]:
+    """What has collapsed, in words: the mean of the log's last three rows against that of at least five
+    earlier ones. (Healthy runs of the toy come nowhere near these bounds; 30 x its learning rate does.)"""
+    rows = [row for row in rows if not row["skipped"]]
+    if len(rows) < 8:
+        return set()
+    before, now = ({name: statistics.fmean(row[name] for row in part)
+                    for name in ("reward", "length", "entropy", "identity", "flat_groups")}
+                   for part in (rows[:-3], rows[-3:]))
+    found = {"the reward is lower by 0.15": now["reward"] < before["reward"] - 0.15,
+             "a quarter more of the orders is unchanged": now["identity"] > before["identity"] + 0.25,
+             "half of the groups more are flat": now["flat_groups"] > before["flat_groups"] + 0.5}
+    for name in ("length", "entropy"):
+        found[f"the {name} is less than half"] = now[name] < before[name] / 2
+        found[f"the {name} is more than double"] = now[name] > before[name] * 2
+    return {what for what, is_so in found.items() if is_so}
 
 
 def validate(agent: Agent, candidates: list[Candidates], qrels: dict, settings: Settings) -> dict[str, float]:
     """Greedy reranking of each list's first window: the mean NDCG@10 and its 95 % interval.
 
-    The interval is the normal one, 1.96 standard errors over the queries.
+    The interval is the normal one, 1.96 standard errors over the queries. Each rank reranks its share.
     """
+    mine = my_share(len(candidates))
+    candidates = candidates[mine.start:mine.stop]
     lists = [(c.query, c.texts[:settings.window]) for c in candidates]
     reranker = Reranker(agent, settings.prompt, settings.window, settings.window,
                         max_new_tokens=settings.max_new_tokens, max_prompt_tokens=settings.max_prompt_tokens,
@@ -279,6 +328,7 @@ def validate(agent: Agent, candidates: list[Candidates], qrels: dict, settings: 
         order = [result.index for result in ranking] + list(range(len(ranking), len(c.docids)))
         labels = judged_labels(c, qrels[c.qid])
         scores.append(ndcg([labels[i] for i in order], ideal=list(qrels[c.qid].values())))
+    scores = gather(scores)
     mean, error = statistics.fmean(scores), statistics.stdev(scores) / math.sqrt(len(scores))
     return {"eval_ndcg": mean, "eval_low": mean - 1.96 * error, "eval_high": mean + 1.96 * error}
 
@@ -306,26 +356,36 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: bool) 
 
 
 def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]], steps: int, lr: float,
-               settings: Settings, title: str = "supervised") -> float:
+               settings: Settings, title: str = "supervised", folder: RunFolder | None = None,
+               phase: str = "sft") -> float:
     """`steps` AdamW steps of cross-entropy on batches of (prompt ids, answer ids), a mean over answer tokens.
 
-    Returns the last loss. SystemExit where it is not finite.
+    Returns the last loss. With a run folder it is saved and resumed there as this phase. A step whose loss or
+    gradient is not finite is skipped; SystemExit after three in a row.
     """
-    parameters, total = list(agent.model.parameters()), 0.0
+    parameters, total, bad = list(agent.model.parameters()), math.nan, 0
     optimizer = MasterAdamW(parameters, settings.weight_decay, settings.offload, betas=(0.9, 0.95))
-    with tqdm(range(1, steps + 1), desc=title, unit="step") as bar:
+    done = folder.load(optimizer, phase)["step"] if folder else 0
+    batches = itertools.islice(batches, done, None)
+    with tqdm(range(done + 1, steps + 1), desc=title, initial=done, total=steps, unit="step") as bar:
         for step in bar:
             prompts, answers = zip(*next(batches))
-            tokens, total = sum(map(len, answers)), 0.0
-            for batch in microbatches(agent.model, prompts, answers, None, 1.0, settings.answer_tokens,
+            tokens, total, mine = sum(map(len, answers)), 0.0, my_share(len(prompts))
+            for batch in microbatches(agent.model, prompts, answers, mine, 1.0, settings.answer_tokens,
                                       settings.prompt_tokens, settings.checkpointing):
                 loss = -batch.logps.sum() / tokens
                 loss.backward()
                 total += loss.item()
-            optimizer.step(learning_rate(step, steps, lr, steps // 20, decay=True), settings.grad_clip)
-            if not math.isfinite(total):
-                raise SystemExit(f"{title}, step {step}: the loss is {total}; lower --sft-lr")
+            total = sum(gather([total]))
+            norm = optimizer.step(learning_rate(step, steps, lr, steps // 20, decay=True), settings.grad_clip,
+                                  skip=not math.isfinite(total))
+            bad = 0 if math.isfinite(total) and math.isfinite(norm) else bad + 1
+            if bad == 3:
+                raise SystemExit(f"{title}, step {step}: the third in a row that is not finite; lower "
+                                 "--sft-lr")
             bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+            if folder and (step % settings.save_every == 0 or step == steps):
+                folder.save(agent, optimizer, phase, step)
     optimizer.release()
     return total
 
@@ -379,8 +439,8 @@ class Settings:
     window: int = setting(20, "Passages drawn for a training instance.", least=2)
     draws: int = setting(100, "Draws a query in the initial state expansion.", least=1)
     order: str = setting("retrieval", "Initial order of a draw.", choices=("retrieval", "shuffled"))
-    keep: str = setting("initial", "Which draws are kept: by initial NDCG@10, by best possible, or all.",
-                        choices=("initial", "best", "all"))
+    keep_draws: str = setting("initial", "Which draws are kept: by initial NDCG@10, by best possible, all.",
+                              choices=("initial", "best", "all"))
     min_ndcg: float = setting(0.1, "The least NDCG@10 of a draw that is kept.")
     max_new_tokens: int = setting(2048, "Longest rollout.", least=1)
     max_prompt_tokens: int = setting(4096, "Longer prompts are made to fit.", least=1)
@@ -390,14 +450,18 @@ class Settings:
     checkpointing: bool | None = setting(None, "Recompute activations going backward (default: if need be).")
     offload: bool | None = setting(None, "AdamW's masters and moments in host memory (default: if need be).")
     plan: bool = setting(False, "Print what training would take and choose, and stop.")
-    memory: float = setting(0.0, "GiB that --plan takes for free on the card; 0: what is.", least=0)
+    memory: float = setting(0.0, "GiB that --plan takes for free on a card; 0: what is.", least=0)
+    gpus: int = setting(0, "Cards that --plan is for; 0: as many as torchrun has started processes.", least=0)
     eval_data: str = setting("", "Held-out candidates, whose first windows are reranked. The best of many "
                              "policies looks better there than it is: compare it on others.")
     eval_qrels: str = setting("", "Their judgements.")
     eval_every: int = setting(10, "Validate every so many steps; the best policy is kept in best/.", least=1)
     samples_every: int = setting(10, "Write two whole rollouts every so many steps.", least=1)
-    save_every: int = setting(10, "Write the checkpoint every so many steps.", least=1)
-    resume: bool = setting(False, "Go on from the checkpoint in --out.")
+    save_every: int = setting(10, "Save every so many steps.", least=1)
+    keep: int = setting(2, "How many saves are kept, of the supervised steps and of GRPO.", least=1)
+    resume: bool = setting(False, "Go on from the newest save in --out, if there is one.")
+    lora_rank: int = setting(0, "Train LoRA matrices of this rank instead of all weights (try ten times the "
+                             "--lr).", least=0)
     device: str = setting("auto", "cuda, mps, cpu or auto.")
     dtype: str = setting("auto", "Precision of the weights; auto: float32 on a CPU, else bfloat16 "
                          "(master weights are float32).", choices=("auto", "float32", "bfloat16"))
@@ -414,16 +478,21 @@ class MasterAdamW:
     it adds up in the master. Gradients are added up in float32 too, on the model's device: a hook takes each
     as soon as backward has made it (`release` ends that). With `offload`, masters and moments live in host
     memory, where one gradient at a time follows them. float32 weights are their own masters where they are.
+
+    On several ranks this is ZeRO-2 (arXiv 1910.02054): each has the weights whole, to sample with, and
+    masters and moments of its slice of every weight. Not FSDP2: it would have to put the weights together for
+    every token sampled, works by hooks that `forward` goes past, and hangs where ranks have unequal numbers
+    of micro-batches. ZeroRedundancyOptimizer keeps no float32 masters.
     """
 
     def __init__(self, params: Sequence[torch.nn.Parameter], weight_decay: float = 0.0, offload: bool = False,
                  betas: tuple[float, float] = (0.9, 0.999)):
         self.params = [p for p in params if p.requires_grad]
-        self.masters = []
+        self.masters, self.moved = [], False  # `moved` by `step`: for the caller to set back
         for p in self.params:
             place = torch.device("cpu") if offload else p.device
-            own = p.dtype == torch.float32 and place == p.device
-            copied = None if own else p.detach().to(place, torch.float32, copy=True)
+            own = p.dtype == torch.float32 and place == p.device and ranks()[1] == 1
+            copied = None if own else my_slice(p.detach()).to(place, torch.float32, copy=True)
             self.masters.append(p if own else torch.nn.Parameter(copied))
         self.sums: dict[torch.nn.Parameter, Tensor] = {}
         self.hooks = [p.register_post_accumulate_grad_hook(self._take)
@@ -441,50 +510,140 @@ class MasterAdamW:
             hook.remove()
 
     @torch.no_grad()
-    def step(self, lr: float, grad_clip: float) -> float:
-        """One update at rate `lr`; clears the gradients and returns their norm from before clipping.
-
-        A norm that is not finite changes nothing.
+    def step(self, lr: float, grad_clip: float, skip: bool = False) -> float:
+        """One update at rate `lr`, of the sum of all ranks' gradients, which must all come here; clears the
+        gradients and returns their norm from before clipping. With `skip`, or a norm that is not finite, the
+        weights stay as they are.
         """
-        grads = {p: grad for p in self.params if (grad := self.sums.pop(p, p.grad)) is not None}
-        norm = float(torch.nn.utils.get_total_norm(list(grads.values())))
+        grads, several = {}, ranks()[1] > 1
+        for param in self.params:
+            grad = self.sums.pop(param, param.grad)
+            if several:  # one without a gradient adds zeros
+                grad = sum_of_slices(torch.zeros_like(param, dtype=torch.float32) if grad is None else grad)
+            if grad is not None:
+                grads[param] = grad
+        norm = torch.nn.utils.get_total_norm(list(grads.values()))
+        if several:
+            dist.all_reduce(square := norm.square())
+            norm = square.sqrt()
+        norm, self.moved = float(norm), True
         for param, master, adam in zip(self.params, self.masters, self.adams):
-            if param in grads and math.isfinite(norm):
+            if param in grads and math.isfinite(norm) and not skip:
                 master.grad = grads.pop(param).mul_(min(1.0, grad_clip / (norm + 1e-6))).to(master.device)
                 adam.param_groups[0]["lr"] = lr
                 adam.step()
                 if param is not master:
-                    param.copy_(master)
+                    param.copy_(from_slices(master.to(param.dtype), param))
             param.grad = master.grad = None
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as named tensors: moments, counts of steps, float32 weights."""
-        named = {f"{name}.{i}": value.contiguous() for i, adam in enumerate(self.adams)
-                 for name, value in adam.state[self.masters[i]].items()}
-        return named | {f"master.{i}": master.detach() for i, master in enumerate(self.masters)}
+        """Everything a resumed run needs, as named tensors: moments, counts of steps, float32 weights. The
+        same for any number of ranks, which must all come here; only the first gets it."""
+        named = {}
+        for i, (param, master, adam) in enumerate(zip(self.params, self.masters, self.adams)):
+            for name, value in {"master": master.detach(), **adam.state[master]}.items():
+                value = from_slices(value, param) if value.dim() else value  # a count of steps has none
+                if ranks()[0] == 0:
+                    named[f"{name}.{i}"] = value.contiguous() if ranks()[1] == 1 else value.cpu()
+        return named
 
     @torch.no_grad()
-    def load_state(self, named: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
-        for name, value in named.items():
+    def load_state(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """The inverse of `state`, one tensor after the other."""
+        for name, value in named:
             key, _, index = name.rpartition(".")
-            master = self.masters[int(index)]
+            param, master, adam = (x[int(index)] for x in (self.params, self.masters, self.adams))
             if key == "master":
-                master.copy_(value)
-                self.params[int(index)].copy_(value)
+                master.copy_(my_slice(value))
+                param.copy_(value)
             else:
-                self.adams[int(index)].state[master][key] = value.to(master.device)
+                value = my_slice(value) if value.dim() else value
+                adam.state[master][key] = value.to(master.device, copy=ranks()[1] > 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several ranks, a card each (torchrun). With one, each of these gives back what it gets.
+
+
+def on_all_ranks(run: Callable[[Settings], int], settings: Settings) -> int:
+    """run(settings) on each of the processes that torchrun has started, if any; only the first one prints."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return run(settings)
+    on_cards = pick_device(settings.device).type == "cuda"
+    if on_cards:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_cards else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    try:
+        return run(settings)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's is a plain one
+            raise
+        raise InputError(f"rank {dist.get_rank()}: another rank has ended, which stops the run; go on from "
+                         "the newest save with --resume") from None
+    finally:
+        dist.destroy_process_group()
+
+
+def ranks() -> tuple[int, int]:
+    """(this process's rank, their number)."""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
+def my_share(n: int) -> range:
+    """Which of n prompts are this rank's."""
+    rank, number = ranks()
+    return range(n * rank // number, n * (rank + 1) // number)
+
+
+def gather(items: list) -> list:
+    """All ranks' items, in the ranks' order, on every rank."""
+    parts = [items] * ranks()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def slices(x: Tensor) -> Tensor:
+    """[...] -> [ranks, n]: a slice for each, zeros behind the last."""
+    return F.pad(x.reshape(-1), (0, -x.numel() % ranks()[1])).view(ranks()[1], -1)
+
+
+def my_slice(x: Tensor) -> Tensor:
+    """[...] -> [n], this rank's slice. (The only rank's: x as it is.)"""
+    return x if ranks()[1] == 1 else slices(x)[ranks()[0]]
+
+
+def sum_of_slices(x: Tensor) -> Tensor:
+    """[...] -> [n], this rank's slice of the sum over ranks."""
+    mine, collective = torch.empty_like(slices(x)[0]), getattr(dist, "reduce_scatter_single", None)
+    (collective or dist.reduce_scatter_tensor)(mine, slices(x).flatten())  # torch 2.11's name
+    return mine
+
+
+def from_slices(mine: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `my_slice`: all ranks' slices [n] as one tensor, of `like`'s shape, on its device."""
+    if ranks()[1] == 1:
+        return mine
+    whole = mine.new_empty(mine.numel() * ranks()[1], device=like.device)
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(whole, mine.to(like.device))
+    return whole[:like.numel()].view_as(like)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The run folder
 
 
+LOGS = ("log.csv", "samples.txt", "skipped.txt")  # what grows; a save notes how long they are
 COLUMNS = (
     "step", "reward", "ndcg", "ndcg_init", "ndcg_best", "eval_ndcg", "eval_low", "eval_high", "reward_std",
     "rank", "format1", "format2", "permutations", "identity", "flat_groups", "length", "cut", "prompts_cut",
-    "kl", "entropy", "grad_norm", "lr", "loss", "tokens_per_s", "seconds", "peak_mib")
+    "kl", "entropy", "logp_diff", "logp_diff_max", "grad_norm", "skipped", "lr", "loss", "tokens_per_s",
+    "seconds", "peak_mib")
 LINE = (
     "step {step:4d}  reward {reward:+.3f}  NDCG@10 {ndcg:.3f} (given {ndcg_init:.3f}, best {ndcg_best:.3f})  "
     "in-group std {reward_std:.2f}  full {permutations:.0%}  flat {flat_groups:.0%}  length {length:.0f}  "
@@ -492,39 +651,50 @@ LINE = (
 
 
 class RunFolder:
-    """config.json, log.csv, samples.txt, checkpoint/ (as from_pretrained loads it), state/ (for --resume).
+    """config.json, log.csv, samples.txt and saves/PHASE-STEP/, each of which gets its name when it is whole.
 
-    `trained_on` says what `training_instances` chose; a run that is resumed must have the same. InputError
-    where there is nothing to resume, or where the data are others.
+    The link `latest`, replaced in one instant, names the newest; checkpoint (as from_pretrained loads it),
+    state (for --resume) and adapter (LoRA's) are links through it, and so always of one step; best is a link
+    to the best save's checkpoint. `trained_on` says what `training_instances` chose; a run that is resumed
+    must have the same, else InputError. An earlier run is moved aside. Only the first rank writes.
     """
 
     def __init__(self, settings: Settings, trained_on: dict | None = None):
-        self.path = Path(settings.out)
-        config = dataclasses.asdict(settings) | {"trained_on": trained_on}
-        if settings.resume:
-            earlier = self.earlier_config(settings)
-            if trained_on and earlier.get("trained_on") not in (None, trained_on):
-                raise InputError(f"--resume: {self.path} was trained on other data, {earlier['trained_on']}; "
-                                 f"these are {trained_on}")
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not settings.resume:
-            for old in ("log.csv", "samples.txt", "summary.json"):
-                (self.path / old).unlink(missing_ok=True)
-            for old in ("state", ".state.old", "best", "sft"):
-                shutil.rmtree(self.path / old, ignore_errors=True)
-        with atomic_write(self.path / "config.json") as file:
-            json.dump(config, file, indent=2)
+        self.path, self.settings, self.writes = Path(settings.out), settings, ranks()[0] == 0
+        earlier = self.earlier_config(settings)
+        if earlier and trained_on and earlier.get("trained_on") not in (None, trained_on):
+            raise InputError(f"--resume: {self.path} was trained on other data, {earlier['trained_on']}; "
+                             f"these are {trained_on}")
+        if self.writes:
+            if settings.resume and not earlier:
+                print(f"--resume: nothing has been saved in {self.path} yet: starting from the beginning")
+            if not earlier and self.holds_run(self.path):
+                names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
+                aside = next(name for name in names if not name.exists())
+                self.path.rename(aside)
+                print(f"{self.path} held an earlier run, which is now {aside}")
+            self.path.mkdir(parents=True, exist_ok=True)
+            for link in ("checkpoint", "state", *["adapter"] * bool(settings.lora_rank)):
+                if not (self.path / link).is_symlink():
+                    (self.path / link).symlink_to(f"latest/{link}")
+            with atomic_write(self.path / "config.json") as file:
+                json.dump(dataclasses.asdict(settings) | {"trained_on": trained_on}, file, indent=2)
+        gather([])  # no rank looks into the folder before it is ready
+
+    @staticmethod
+    def holds_run(path: Path) -> bool:
+        """Whether a run has left something in this folder."""
+        return any((path / name).exists() for name in ("log.csv", "saves"))
 
     @staticmethod
     def earlier_config(settings: Settings) -> dict:
-        """config.json of the run in settings.out. InputError unless there is all that --resume needs."""
+        """config.json of the run to resume; {} without --resume or a save. InputError for another run's."""
         path = Path(settings.out)
-        state = whole(path / "state")
-        needed = path / "config.json", state / "state.json", state / "optimizer.safetensors"
-        if not all(file.is_file() for file in needed):
-            raise InputError(f"--resume: {path} holds no state/ to go on from; run without --resume")
-        earlier = json.loads(needed[0].read_text(encoding="utf-8"))
-        for name in ("model", "seed", "prompts_per_step", "group", "reward", "prompt"):
+        if not settings.resume or not any(path.glob("saves/*-[0-9]*")):
+            return {}
+        earlier = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        for name in ("model", "seed", "prompts_per_step", "group", "reward", "prompt", "sft_steps",
+                     "lora_rank"):
             if earlier.get(name) != getattr(settings, name):
                 flag = name.replace("_", "-")
                 raise InputError(f"--resume: {path} was begun with --{flag} {earlier.get(name)}")
@@ -532,6 +702,8 @@ class RunFolder:
 
     def log(self, row: dict[str, float]) -> None:
         """Append one step to log.csv and print it, without the loss: on-policy it is about 0."""
+        if not self.writes:
+            return
         path = self.path / "log.csv"
         new = not path.exists() or not path.stat().st_size
         with open(path, "a", newline="", encoding="utf-8") as file:
@@ -540,92 +712,124 @@ class RunFolder:
             if new:
                 writer.writeheader()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        held_out = "  held out {eval_ndcg:.3f} ({eval_low:.3f} to {eval_high:.3f})"
-        tqdm.write((LINE + held_out if "eval_ndcg" in row else LINE).format(**row))
+        line = LINE
+        if "eval_ndcg" in row:
+            line += "  held out {eval_ndcg:.3f} ({eval_low:.3f} to {eval_high:.3f})"
+        if row["skipped"]:
+            line += "  SKIPPED: loss {loss}, norm {grad_norm}; see skipped.txt"
+        tqdm.write(line.format(**row))
 
-    def write_samples(self, step: int, rollouts: Rollouts, group: int) -> None:
-        """Append the best and the worst rollout of the step's first prompt to samples.txt, and print them."""
-        order = sorted(range(group), key=lambda i: rollouts.scores[i].reward)
-        instance, parts = rollouts.instances[0], []
-        for i in (order[-1], order[0]):
-            score = rollouts.scores[i]
+    def write_samples(self, name: str, step: int, rollouts: Rollouts, rewards: Tensor,
+                      which: Iterable[int]) -> str:
+        """Append these of a step's rollouts, with rewards [B, G], to the file `name`. Returns what is new."""
+        parts = []
+        for i in which:
+            instance, score = rollouts.instances[i // rewards.shape[1]], rollouts.scores[i]
             parts.append(f"--- step {step}, query {instance.qid}: {instance.query}\n"
                          f"    labels of [1], [2], ...: {instance.labels}\n"
-                         f"    reward {score.reward:+.3f}, NDCG@10 {score.ndcg:.3f}, "
-                         f"format {score.format1:.0f} {score.format2:.0f}\n{rollouts.texts[i]}\n")
-        with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
-            file.write("\n".join(parts) + "\n")
-        tqdm.write("\n".join(parts))
+                         f"    reward {float(rewards.flatten()[i]):+.3f}, NDCG@10 {score.ndcg:.3f}, format "
+                         f"{score.format1:.0f} {score.format2:.0f}, "
+                         f"{len(rollouts.completions[i].ids)} tokens\n"
+                         f"{rollouts.texts[i]}\n\n")
+        if self.writes:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.writelines(parts)
+        return "".join(parts)
 
-    def save(self, agent: Agent, optimizer: MasterAdamW | None, step: int, best: float = -1.0) -> None:
-        """Write checkpoint/ and state/, each whole or not at all. `best` is the best validation so far."""
-        self.save_model(agent, "checkpoint")
-        if optimizer:
-            part = self.path / ".state.part"
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            save_file(optimizer.state(), part / "optimizer.safetensors")
-            (part / "state.json").write_text(json.dumps({"step": step, "best": best}), encoding="utf-8")
-            replace_folder(part, self.path / "state")
+    def save(self, agent: Agent, optimizer: MasterAdamW, phase: str, step: int, best: float = -1.0,
+             best_step: int = 0) -> None:
+        """Write a save, then let `latest` name it, then delete the phase's saves that are too old.
 
-    def save_model(self, agent: Agent, name: str) -> None:
-        """Write the model to the folder of this name, whole or not at all, so that others can read it.
-
-        transformers 4, and engines built on it, look for RoPE's base and the precision under their older
-        names (and take 10,000 for a base they do not find), and do not know the tokenizer class of
-        transformers 5.
+        `best` is the best validation so far. OSError where it cannot be written: what was saved before stays.
         """
-        part = self.path / f".{name}.part"
-        shutil.rmtree(part, ignore_errors=True)  # of a save that was interrupted
-        disable_progress_bar()  # of transformers' writing: it would break up our own
-        agent.model.save_pretrained(part)
-        enable_progress_bar()
-        agent.tokenizer.save_pretrained(part)
-        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
-        rope = config.get("rope_parameters") or {}
-        config |= {"rope_theta": rope.get("rope_theta", 10_000.0), "torch_dtype": config.get("dtype")}
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        (part / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        path = part / "tokenizer_config.json"
-        text = path.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
-        path.write_text(text, encoding="utf-8")
-        replace_folder(part, self.path / name)
+        tensors = optimizer.state()
+        if not self.writes:
+            return
+        saves = self.path / "saves"
+        part, save = saves / ".part", saves / f"{phase}-{step:06d}"
+        state = {"step": step, "best": best, "best_step": best_step}
+        state |= {file.name: file.stat().st_size for name in LOGS if (file := self.path / name).exists()}
+        for unfinished in (part, save):  # of a run that was killed while it saved
+            shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            (part / "state").mkdir(parents=True)
+            write_model(agent, part / "checkpoint")
+            if self.settings.lora_rank:
+                save_adapter(agent.model, part / "adapter", self.settings.model)
+            save_file(tensors, part / "state/optimizer.safetensors")
+            (part / "state/state.json").write_text(json.dumps(state), encoding="utf-8")
+            os.umask(umask := os.umask(0))  # the only way to ask for it
+            for file in part.glob("*/*"):  # safetensors writes its files for their owner alone
+                file.chmod(0o666 & ~umask)
+            part.rename(save)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{save} cannot be written ({error}); what was saved before is as it was") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        if best_step:
+            self.point("best", f"saves/grpo-{best_step:06d}/checkpoint")
+        self.point("latest", f"saves/{save.name}")
+        for old in self.saves(phase)[:-self.settings.keep]:
+            if old != saves / f"grpo-{best_step:06d}":
+                shutil.rmtree(old)
 
-    def load_state(self, optimizer: MasterAdamW) -> tuple[int, float]:
-        """Restore the optimizer, drop the log's rows behind the saved step; (steps done, best validation)."""
-        state = whole(self.path / "state")
-        saved = json.loads((state / "state.json").read_text(encoding="utf-8"))
-        step = saved["step"]
-        optimizer.load_state(load_file(state / "optimizer.safetensors"))
+    def saves(self, phase: str) -> list[Path]:
+        """The saves of a phase, the newest last."""
+        return sorted(self.path.glob(f"saves/{phase}-[0-9]*"))
+
+    def point(self, link: str, target: str) -> None:
+        """Let a link lead to `target`, in one instant."""
+        new = self.path / f".{link}.link"
+        new.unlink(missing_ok=True)
+        new.symlink_to(target)
+        os.replace(new, self.path / link)
+
+    def load(self, optimizer: MasterAdamW, phase: str) -> dict:
+        """Read the phase's newest save that can be read into the optimizer. Returns what it says of step,
+        best validation and lengths of LOGS; step 0 where there is none."""
+        for save in reversed(self.saves(phase)):
+            try:
+                state = json.loads((save / "state/state.json").read_text(encoding="utf-8"))
+                with safe_open(save / "state/optimizer.safetensors", "pt") as file:
+                    optimizer.load_state((name, file.get_tensor(name)) for name in file.keys())
+                return state
+            except (OSError, ValueError, SafetensorError) as error:
+                print(f"--resume: {save} cannot be read ({error}); trying the one before", file=sys.stderr)
+        return {"step": 0, "best": -1.0, "best_step": 0}
+
+    def rewind(self, state: dict) -> list[dict[str, float]]:
+        """Bring the folder back to what it was when this state was saved. Returns the rows of its log."""
+        if self.writes:
+            if state["step"]:
+                self.point("latest", f"saves/grpo-{state['step']:06d}")  # killed before it did?
+            for file in (self.path / name for name in LOGS if (self.path / name).exists()):
+                os.truncate(file, min(state.get(file.name, 0), file.stat().st_size))
+        gather([])  # no rank reads before that
         log = self.path / "log.csv"
-        if log.exists():
-            head, *rows = log.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
-            with atomic_write(log) as file:
-                file.writelines([head, *(row for row in rows if int(row.split(",")[0]) <= step)])
-        return step, saved.get("best", -1.0)
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(lines)]
 
 
-def replace_folder(new: Path, old: Path) -> None:
-    """Put folder `new` in the place of `old`, which between the two renames is called `.old` (see `whole`).
+def write_model(agent: Agent, folder: Path) -> None:
+    """Write model and tokenizer as others read them, LoRA added to the weights.
 
-    Its files become as readable as the umask allows: safetensors writes them for their owner alone.
+    transformers 4, and engines built on it, look for RoPE's base and the precision under their older
+    names (and take 10,000 for a base they do not find), and do not know the tokenizer class of
+    transformers 5.
     """
-    os.umask(umask := os.umask(0))  # the only way to ask for it
-    for file in new.iterdir():
-        file.chmod(0o666 & ~umask)
-    trash = old.with_name(f".{old.name}.old")
-    if old.exists():
-        shutil.rmtree(trash, ignore_errors=True)
-        old.rename(trash)
-    new.rename(old)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-def whole(folder: Path) -> Path:
-    """The folder of this name, also where `replace_folder` was stopped between its two renames."""
-    trash = folder.with_name(f".{folder.name}.old")
-    return trash if trash.exists() and not folder.exists() else folder
+    disable_progress_bar()  # of transformers' writing: it would break up our own
+    agent.model.save_pretrained(folder, state_dict=merged_state(agent.model))
+    enable_progress_bar()
+    agent.tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    config |= {"rope_theta": rope.get("rope_theta", 10_000.0), "torch_dtype": config.get("dtype")}
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    text = path.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+    path.write_text(text, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -633,12 +837,14 @@ def whole(folder: Path) -> Path:
 
 
 def memory_rows(c, N: int, s: Settings, size: int) -> dict[str, tuple[float, float, float]]:
-    """{what: bytes (on the card while sampling, in the update; in the host)}, for N weights of `size` bytes.
+    """{what: bytes (on a card while sampling, in the update; in the host)}, for N weights of `size` bytes.
 
     Of config `c`, with prompts and answers of the greatest length. Logits' gradient is added up in the head's
-    weights, of which there are three for a moment. (A CPU does not fuse rms_norm: it keeps more.)
+    weights, of which there are three for a moment. (A CPU does not fuse rms_norm: it keeps more.) Of several
+    cards each has a slice of masters and moments, which the first gathers to save them.
     """
-    P, T, rows = s.max_prompt_tokens, s.max_new_tokens, min(s.max_rows, s.prompts_per_step * s.group)
+    cards, P, T, rank = max(1, s.gpus), s.max_prompt_tokens, s.max_new_tokens, s.lora_rank
+    rows = min(s.max_rows, -(-s.prompts_per_step // cards) * s.group)
     H, K, layers, hidden = c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers, c.hidden_size
     D = getattr(c, "head_dim", None) or hidden // H
     prompt_tokens, answer_tokens = max(P, s.prompt_tokens), max(T, s.answer_tokens)
@@ -646,15 +852,20 @@ def memory_rows(c, N: int, s: Settings, size: int) -> dict[str, tuple[float, flo
     layer = size * (4 * hidden + 3 * H * D + 2 * K * D + 4 * c.intermediate_size)  # kept for a token
     kept = (prompt_tokens + answer_tokens) * layers * (size * hidden if s.checkpointing else layer)
     again = layer * answer_tokens if s.checkpointing else 0  # one layer's, computed again
-    reference, state = N * size * bool(s.beta or s.log_kl), N * (12 if s.offload or size < 4 else 8)
+    trained = parameters(c, rank) if rank else N
+    weights, reference = N * size + 4 * trained * bool(rank), 4 * trained if rank else N * size
+    reference *= bool(s.beta or s.log_kl)
+    copies = s.offload or cards > 1 or size < 4 and not rank  # else weights are their own masters
+    state, offload = trained * (12 if copies else 8) / cards, bool(s.offload)
     written = (rows * T + -(-rows // s.group) * P) * cache
     scores = (10 if size < 4 else 8) * H * answer_tokens * max(P, T)
-    logits = 10 * min(2**27, answer_tokens * c.vocab_size) + 3 * c.vocab_size * hidden * size  # and gradients
+    logits = 10 * min(2**27, answer_tokens * c.vocab_size) + 3 * c.vocab_size * hidden * size * (not rank)
     return {
-        "weights": (N * size, N * size, 0),
+        "weights": (weights, weights, 0),
         "reference model": (reference, reference, 0),
-        "gradients in float32": (0, 4 * N, 0),
-        "masters and moments": (0, 0, state) if s.offload else (state, state, 0),
+        "gradients in float32": (0, 4 * trained, 0),
+        "masters and moments": (state * (not offload), state * (not offload),
+                                cards * state * offload + 12 * trained * (cards > 1)),
         "keys and values": (written, 2 * prompt_tokens * cache, 0),
         "activations": (0, kept + again, 0),
         "scores or logits": (max(8 * rows * H * P, 12 * rows * c.vocab_size), max(scores, logits), 0)}
@@ -687,11 +898,14 @@ def plan_memory(config, settings: Settings, size: int, card: float, host: float)
     there = f"{card / 2**30:.0f} GiB"
     if 0 < host < math.inf:  # 0: a CPU's one memory; infinite: another machine's
         there += f" and {host / 2**30:.0f} in the host"
-    lines.append(f"{there} are free; a save writes {N * (12 + size) / 2**30:.1f}. Chosen: {' '.join(flags)}")
+    if chosen.gpus > 1:
+        there = f"{chosen.gpus} cards; on each {there}"
+    save = N * size + 12 * (parameters(config, chosen.lora_rank) if chosen.lora_rank else N)
+    lines.append(f"{there} are free; a save writes {save / 2**30:.1f}. Chosen: {' '.join(flags)}")
     if not fits:
         raise InputError(f"training needs at least {max(on_card) / 2**30:.0f} GiB on the card and "
                          f"{in_host / 2**30:.0f} in the host, and {there} are free: use a smaller model, "
-                         "--beta 0 (no reference model) or a shorter --max-new-tokens")
+                         "--lora-rank 16, --beta 0 (no reference model) or a shorter --max-new-tokens")
     return chosen, "\n".join(lines)
 
 
@@ -712,13 +926,10 @@ def read_held_out(settings: Settings, trained_on: set[str]) -> tuple[list[Candid
 
 def train_model(settings: Settings) -> int:
     """The paper's run on a real model."""
-    source, sft = settings.model, Path(settings.out) / "sft"  # what GRPO starts from, if there is one
-    if settings.resume:
-        earlier = RunFolder.earlier_config(settings)
+    if earlier := RunFolder.earlier_config(settings):
         if settings.data == ["auto"]:
             settings.data, settings.qrels = earlier["data"], earlier["qrels"]
-        source = str(sft) if sft.exists() else source
-    elif not settings.plan and any((Path(settings.out) / name).exists() for name in ("state", "log.csv")):
+    elif not settings.plan and not settings.resume and RunFolder.holds_run(Path(settings.out)):
         raise InputError(f"{settings.out} holds an earlier run: pass --resume to go on, or another --out")
     if settings.qrels and settings.data == ["auto"]:
         raise InputError("--qrels: expected --data with the candidates that they judge")
@@ -726,30 +937,31 @@ def train_model(settings: Settings) -> int:
     print(plan)
     if settings.plan:
         return 0
-    expansion = {name: getattr(settings, name) for name in ("draws", "order", "keep", "min_ndcg", "seed")}
-    instances, chosen = training_instances(settings.data, settings.qrels, size=settings.window, **expansion)
+    expansion = {name: getattr(settings, name) for name in ("draws", "order", "min_ndcg", "seed")}
+    instances, chosen = training_instances(settings.data, settings.qrels, size=settings.window,
+                                           keep=settings.keep_draws, **expansion)
     settings.data = chosen["data"]  # what auto stood for: --resume keeps to it
     held_out = read_held_out(settings, {x.qid for x in instances}) if settings.eval_data else None
-    agent = load_agent(source, settings.device, settings.dtype)  # after the data, whose faults show sooner
+    agent = load_agent(settings.model, settings.device, settings.dtype)  # after the data, soon at fault
     print(f"{len(instances)} training instances of {chosen['queries']} queries; {settings.prompts_per_step} "
           f"prompts x {settings.group} rollouts a step, {settings.steps} steps")
     longest = max(instances, key=lambda x: len(x.texts))  # does a prompt fit? asked before the folder is made
     encode_prompt(agent.tokenizer, longest.query, longest.texts, settings.prompt, settings.max_prompt_tokens)
     folder = RunFolder(settings, chosen)
     try:
-        if settings.sft_steps and not settings.resume:
+        if settings.lora_rank:
+            add_lora(agent.model, settings.lora_rank, settings.seed)
+        if settings.sft_steps:
             batches = best_order_batches(agent, instances, settings)
-            supervised(agent, batches, settings.sft_steps, settings.sft_lr, settings)
-            folder.save_model(agent, "sft")
+            supervised(agent, batches, settings.sft_steps, settings.sft_lr, settings, folder=folder)
         train(agent, instances, settings, folder, held_out=held_out)
     except (RuntimeError, MemoryError) as error:  # torch's own is a RuntimeError
         if not out_of_memory(error):
             raise
         raise InputError("too little memory for a step: lower --answer-tokens, --prompt-tokens or --max-rows "
                          "or pass --checkpointing and --offload") from None
-    trained = f"{folder.path}/{'checkpoint' if settings.steps else 'sft'}"
-    print(f"{trained} is the trained model; rerank with it:\n  python rearank.py --model {trained} --prompt "
-          f"{settings.prompt} --input CANDIDATES --output RUN")
+    print(f"{folder.path}/checkpoint is the trained model; rerank with it:\n  python rearank.py --model "
+          f"{folder.path}/checkpoint --prompt {settings.prompt} --input CANDIDATES --output RUN")
     return 0
 
 
@@ -761,7 +973,8 @@ def planned(settings: Settings) -> tuple[Settings, str]:
     if settings.memory:  # of another machine, whose host we do not know
         card, host, half = settings.memory * 2**30, math.inf, settings.dtype != "float32"
     limits = fit_context(config, settings.max_prompt_tokens, settings.max_new_tokens)
-    settings = dataclasses.replace(settings, max_prompt_tokens=limits[0], max_new_tokens=limits[1])
+    settings = dataclasses.replace(settings, max_prompt_tokens=limits[0], max_new_tokens=limits[1],
+                                   gpus=settings.gpus if settings.plan and settings.gpus else ranks()[1])
     return plan_memory(config, settings, 2 if half else 4, card, host)
 
 
@@ -769,7 +982,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train the model that --model names, or hand over to the toy run."""
     argv = sys.argv[1:] if argv is None else argv
     if any(a == "--model" or a.startswith("--model=") for a in argv):
-        return train_model(command_line(Settings, argv, __doc__))
+        return on_all_ranks(train_model, command_line(Settings, argv, __doc__))
     import toy  # here, since toy.py is built on this file
 
     return toy.main(argv)

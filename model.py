@@ -18,23 +18,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import os
-import socket
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
-from data import InputError
+from data import InputError, hub_answers
 
 # cuDNN's attention, torch's first choice on Hopper cards, gave NaN gradients at some lengths (pytorch issue
 # 196678), and it plans anew for every shape it meets, which here is nearly every call.
@@ -270,22 +268,27 @@ def from_one_row(x: Tensor, like: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Completion:
-    """One sampled answer: its token ids as drawn (the end token included), and whether it ended by itself."""
+    """One sampled answer: its token ids as drawn (the end token included), whether it ended by itself, and
+    each token's log-probability in the distribution that it was drawn from (0 at temperature 0)."""
 
     ids: list[int]
     finished: bool
+    logps: list[float] = dataclasses.field(default_factory=list, compare=False)
 
 
-def pick_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
-    """The next token of each row, [R]: the most likely at temperature 0, else by inverting the distribution.
+def pick_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The next token of each row, the most likely at temperature 0, else by inverting the distribution; and
+    its log-probability. [R] both.
 
     logits [R, V]; uniforms [R] in [0, 1): a number for each token, so that a draw depends on its row alone.
     """
     if temperature == 0:
-        return logits.argmax(-1)
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # [R, V]
+        return logits.argmax(-1), torch.zeros_like(uniforms)
+    probs = (logits.float() / temperature).softmax(-1)  # [R, V]
+    cumulative = probs.cumsum(-1)
     target = uniforms[:, None] * cumulative[:, -1:]  # not 1 exactly, because of rounding
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, target, right=True).clamp_max(logits.shape[-1] - 1)  # [R, 1]
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
 class Cohort:
@@ -386,19 +389,21 @@ def read_tokens(model, cohorts: Sequence[Cohort]) -> None:
 @torch.inference_mode()
 def sample(model, prompts: Sequence[Sequence[int]], group: int = 1, max_new_tokens: int = 2048,
            temperature: float = 1.0, stop_ids: Sequence[int] = (), seed: int | Sequence[int] = 0,
-           max_rows: int = 128, progress: Callable[[int], None] | None = None) -> list[list[Completion]]:
+           max_rows: int = 128, progress: Callable[[int], None] | None = None,
+           first: int = 0) -> list[list[Completion]]:
     """Draw `group` answers to each prompt. Returns one list of completions per prompt, in the prompts' order.
 
     Each prompt is encoded once for its whole group. Rows that have ended leave, and when a quarter of the
     rows is free the next prompts come in: up to `max_rows` answers (one group at least) are written at a
     time. The same seed, or one for each prompt, gives the same tokens whatever `max_rows` is (up to
-    rounding). `progress` is called with the number of answers just ended.
+    rounding), and whether these are all the prompts of a batch or those from number `first` on. `progress`
+    is called with the number of answers just ended.
     """
     total, begun, cohorts = len(prompts) * group, 0, []
     numbers = max_new_tokens if temperature else 1
-    seeds = [(seed, total)] if isinstance(seed, int) else [(one, group) for one in seed]
+    seeds = [(seed, first * group + total)] if isinstance(seed, int) else [(one, group) for one in seed]
     uniforms = torch.cat([torch.rand(n, numbers, generator=torch.Generator().manual_seed(one))
-                          for one, n in seeds]).to(model.device)  # one for each token of each answer
+                          for one, n in seeds])[-total:].to(model.device)  # one for each token of each answer
     answers = [Completion([], False) for _ in range(total)]  # answer a belongs to prompt a // group
     most = max(group, min(max_rows, total))
     while begun < len(prompts) or cohorts:
@@ -412,10 +417,11 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int = 1, max_new_toke
             written = cohorts
         for cohort in written:
             drawn = uniforms[cohort.answers, cohort.length if temperature else 0]
-            cohort.tokens = pick_tokens(cohort.logits, temperature, drawn)
-            for a, token in zip(cohort.answers, cohort.tokens.tolist()):
+            cohort.tokens, logps = pick_tokens(cohort.logits, temperature, drawn)
+            for a, token, logp in zip(cohort.answers, cohort.tokens.tolist(), logps.tolist()):
                 if not answers[a].finished:
                     answers[a].ids.append(token)
+                    answers[a].logps.append(logp)
                     answers[a].finished = token in stop_ids
             going = [r for r, a in enumerate(cohort.answers)
                      if not answers[a].finished and len(answers[a].ids) < max_new_tokens]
@@ -529,6 +535,56 @@ def project_logps(hidden: Tensor, head, targets: Tensor, temperature: float) -> 
         probs = (logits - normaliser[:, None]).exp_()
         entropy = normaliser - (probs * logits).sum(-1)
     return logps, entropy
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA by hand: two thin matrices beside each projection of a layer, which alone are trained
+
+LORA_SCALE = 2.0  # peft's lora_alpha / r
+
+
+class LoRALinear(torch.nn.Linear):
+    """y = W x + 2 B A x (arXiv 2106.09685, equation 3): W as it was, A [r, in] and B [out, r] in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        thin = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return super().forward(x) + LORA_SCALE * thin
+
+    def merged(self) -> Tensor:
+        """The weight of the plain projection that computes the same."""
+        return (self.weight + LORA_SCALE * self.lora_B @ self.lora_A).to(self.weight.dtype)
+
+
+def add_lora(model, rank: int, seed: int = 0) -> None:
+    """Freeze the model and make the linear modules of its layers LoRALinear. B is 0: nothing changes yet."""
+    torch.manual_seed(seed)
+    for layer in model.requires_grad_(False).base_model.layers:
+        for linear in [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]:
+            (rows, columns), device = linear.weight.shape, linear.weight.device
+            linear.__class__, bound = LoRALinear, columns ** -0.5
+            A = torch.empty(rank, columns, device=device).uniform_(-bound, bound)
+            linear.lora_A = torch.nn.Parameter(A)
+            linear.lora_B = torch.nn.Parameter(torch.zeros(rows, rank, device=device))
+
+
+@torch.no_grad()
+def merged_state(model) -> dict[str, Tensor]:
+    """The state dict of a plain model that computes the same; what is new in it, in host memory."""
+    merged = {f"{name}.weight": module.merged().cpu() for name, module in model.named_modules()
+              if isinstance(module, LoRALinear)}
+    return {name: merged.get(name, x) for name, x in model.state_dict().items() if ".lora_" not in name}
+
+
+def save_adapter(model, folder: Path, base: str) -> None:
+    """Write A and B to `folder` as peft and vLLM read them, to be put on the model `base`."""
+    tensors = {f"base_model.model.{name}.weight": p.detach() for name, p in model.named_parameters()
+               if ".lora_" in name}
+    rank = next(len(x) for name, x in tensors.items() if "lora_A" in name)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+              "lora_alpha": LORA_SCALE * rank, "target_modules": sorted({n.split(".")[-3] for n in tensors})}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -685,10 +741,13 @@ def cannot_load(name: str, error: BaseException) -> InputError:
                       "holds the model, downloaded elsewhere with `hf download`")
 
 
-def parameters(config) -> int:
-    """The number of weights of a model of this configuration, without making them."""
+def parameters(config, lora_rank: int = 0) -> int:
+    """The number of trained weights, all or LoRA's, of a model of this configuration, without making them."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        model = AutoModelForCausalLM.from_config(config)
+        if lora_rank:
+            add_lora(model, lora_rank)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def free_memory(device: torch.device) -> float:
@@ -703,19 +762,6 @@ def free_memory(device: torch.device) -> float:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, a GPU's or the host's, has run out."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-
-
-def hub_answers(seconds: float = 2.0) -> bool:
-    """Whether the hub, or its mirror in HF_ENDPOINT, can be reached: its client tries for half a minute."""
-    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    if getproxies():  # then the way there is not a direct one
-        return True
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname, port), seconds).close()
-    except OSError:
-        return False
-    return True
 
 
 def load_tokenizer(name: str, **source):

@@ -32,8 +32,8 @@ from data import (Candidates, InputError, atomic_write, command_line, expand, re
                   setting, write_candidates, write_qrels, write_run)
 from eval import bootstrap_interval, evaluate
 from eval import main as eval_main
-from grpo import Rollouts, RunFolder, supervised, train
-from model import Agent, pick_device
+from grpo import Rollouts, RunFolder, ranks, supervised, train
+from model import Agent, add_lora, pick_device
 from rearank import Reranker, encode_prompt
 from reward import parse_ranking
 
@@ -174,14 +174,15 @@ class ToyExam:
         self.tasks = {"window": toy_task(n, size, seed, held_out=True),
                       "long": toy_task(n // 4, 4 * size, seed + 1, held_out=True)}
         self.scores = {kind: {} for kind in self.tasks}  # NDCG@10 of each query, by list and model
-        for kind, (candidates, qrels) in self.tasks.items():
+        for kind, (candidates, qrels) in self.tasks.items() if ranks()[0] == 0 else ():
             write_candidates(folder / f"{kind}.jsonl", candidates)
             write_qrels(folder / f"{kind}.qrels", qrels)
 
     def evaluate(self, name: str, agent: Agent | None, kinds: Sequence[str] = ("window", "long"),
                  think: bool = True) -> None:
-        """Rerank lists of these kinds by `agent` (None: leave them), write the runs and evaluate them."""
-        for kind in kinds:
+        """Rerank lists of these kinds by `agent` (None: leave them), write the runs and evaluate them. (The
+        first rank does; the others have the same models and wait where they next meet it.)"""
+        for kind in kinds if ranks()[0] == 0 else ():
             (candidates, qrels), run = self.tasks[kind], self.folder / f"{kind}.{name}.trec"
             orders = [range(len(c.docids)) for c in candidates]
             if agent:
@@ -240,26 +241,27 @@ class ToySettings(grpo.Settings):
 def toy_run(settings: ToySettings) -> int:
     """Warm start, control, GRPO, exam. Writes summary.json and prints eval.py's tables."""
     started, steps, lr = time.time(), settings.sft_steps, settings.sft_lr
-    folder = RunFolder(settings)  # clears what an earlier run left, and so does the next line
-    for old in [*folder.path.glob("window.*"), *folder.path.glob("long.*")]:
-        old.unlink()
+    folder = RunFolder(settings)
     agent = toy_agent(settings.seed, pick_device(settings.device))
     exam = ToyExam(settings, folder.path)
     print(f"toy run, seed {settings.seed}: {agent.model.num_parameters():,} parameters, no downloads")
     exam.evaluate("first_stage", None)
-    supervised(agent, toy_lessons(agent, settings), steps, lr, settings, "warm start")
+    supervised(agent, toy_lessons(agent, settings), steps, lr, settings, "warm start", folder, "warm_start")
     exam.evaluate("warm_start", agent)
     doubled = Agent(copy.deepcopy(agent.model), agent.tokenizer, agent.stop_ids)
     again = toy_lessons(doubled, dataclasses.replace(settings, seed=settings.seed + 10**6), curriculum=False)
-    supervised(doubled, again, steps, lr, settings, "control: the warm start again")
+    supervised(doubled, again, steps, lr, settings, "control: the warm start again", folder, "control")
     exam.evaluate("warm_start_doubled", doubled, ["window"])
     instances = expand(*toy_task(200, 20, settings.seed), settings.draws, settings.window, settings.order,
-                       settings.keep, settings.min_ndcg, settings.seed)
+                       settings.keep_draws, settings.min_ndcg, settings.seed)
     held_out = toy_task(48, settings.window, settings.eval_seed + 2, held_out=True)  # not the exam's queries
+    if settings.lora_rank:
+        add_lora(agent.model, settings.lora_rank, settings.seed)
     train(agent, instances, settings, folder, toy_trace_statistics, held_out)
     exam.evaluate("grpo", agent)
     exam.evaluate("grpo_without_think", agent, ["window"], think=False)
-
+    if ranks()[0]:
+        return 0
     seconds = round(time.time() - started, 1)
     with atomic_write(folder.path / "summary.json") as file:
         json.dump({"seed": settings.seed, "seconds": seconds} | exam.summary(), file, indent=2)
@@ -282,4 +284,4 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--data, --qrels, --eval-data and --plan need --model; the toy makes its own data")
     if settings.window > 20 or settings.dtype == "bfloat16":
         raise InputError("the toy's words end at [20] and its weights are float32: expected --window <= 20")
-    return toy_run(settings)
+    return grpo.on_all_ranks(toy_run, settings)

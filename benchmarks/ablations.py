@@ -44,7 +44,7 @@ from toy import ToySettings, toy_agent, toy_answer, toy_lessons, toy_task, toy_t
 
 ARMS = {  # name: what differs from the arm "full"
     "full": {}, "reward: absolute": {"reward": "absolute"}, "reward: difference": {"reward": "difference"},
-    "no filter": {"keep": "all"}, "one draw a query": {"draws": 1}, "direct SFT": {},
+    "no filter": {"keep_draws": "all"}, "one draw a query": {"draws": 1}, "direct SFT": {},
     "400 queries, one draw each": {"draws": 1}, "never trained to reason": {}}
 # What the paper says (Tables 3 and 4, figures 6 and 7, TREC-DL): the sign that its rows predict for
 # (this row - the row it is compared with), and in words. 0: no difference; None: the paper has no such row.
@@ -114,7 +114,7 @@ def warm_start(settings: Settings, seed: int, reason: bool) -> dict:
 def pool(settings: Settings, options: ToySettings, queries: int) -> list:
     """The windows of an arm."""
     return expand(*toy_task(queries, 20, options.seed), options.draws, options.window, options.order,
-                  options.keep, options.min_ndcg, options.seed)
+                  options.keep_draws, options.min_ndcg, options.seed)
 
 
 def logged_training(agent: Agent, windows: list, options: ToySettings, **hooks) -> list[dict]:

@@ -93,7 +93,7 @@ def warm_start(options: ToySettings) -> tuple[Agent, list[Instance]]:
         options.draws,
         options.window,
         options.order,
-        options.keep,
+        options.keep_draws,
         options.min_ndcg,
         options.seed,
     )

@@ -166,7 +166,8 @@ def test_a_flat_group_costs_nothing_without_a_penalty_and_keeps_its_penalty_with
         model = tiny_model()
         update_policy(Agent(model, None, []), reference, MasterAdamW(list(model.parameters())), rollouts,
                       group_advantages(rewards), 1e-3, ToySettings(beta=0.1 if reference else 0.0))
-    assert visited == [[0, 1], None, [0, 1, 2]]  # the update; the reference's pass and the update
+    # The update; the reference's pass and the update.
+    assert [[*groups] for groups in visited] == [[0, 1], [0, 1, 2], [0, 1, 2]]
 
 
 def one_window() -> list[Instance]:
@@ -175,8 +176,9 @@ def one_window() -> list[Instance]:
 
 
 def quick(tmp_path, **changes) -> ToySettings:
-    few = {"prompts_per_step": 1, "group": 8, "steps": 2, "max_new_tokens": 12, "beta": 0.0, "save_every": 1}
-    return ToySettings(out=str(tmp_path / "run"), **few | changes)
+    few = {"prompts_per_step": 1, "group": 8, "steps": 2, "max_new_tokens": 12, "beta": 0.0, "save_every": 1,
+           "out": str(tmp_path / "run")}
+    return ToySettings(**few | changes)
 
 
 def test_random_rewards_have_nothing_to_do_with_the_answers_and_differ_from_step_to_step():
@@ -327,23 +329,13 @@ def test_a_resumed_run_ends_as_the_unbroken_one(tmp_path):
     assert [r["step"] for r in csv.DictReader(open(tmp_path / "b/log.csv"))] == ["1", "2", "3", "4"]
 
 
-def test_rows_of_the_log_behind_the_saved_step_are_written_anew(toy, tmp_path):
-    settings = quick(tmp_path, steps=3, save_every=2)
-    train(toy, one_window(), settings, RunFolder(settings))
-    state = tmp_path / "run/state/state.json"
-    state.write_text(json.dumps({"step": 2, "best": -1.0}))
-    resumed = dataclasses.replace(settings, resume=True, steps=2)
-    train(toy, one_window(), resumed, RunFolder(resumed))
-    assert [r["step"] for r in csv.DictReader(open(tmp_path / "run/log.csv"))] == ["1", "2"]
-
-
 def test_bfloat16_masters_survive_a_resume(tmp_path):
     weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     first = MasterAdamW([weight])
     weight.float().sum().backward()
     first.step(1e-4, 1.0)
     second = MasterAdamW([torch.nn.Parameter(weight.detach().clone())])
-    second.load_state(first.state())
+    second.load_state(first.state().items())
     torch.testing.assert_close(second.masters[0], first.masters[0], rtol=0, atol=0)
 
 
@@ -362,50 +354,10 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_log(toy, tmp_path, monkeypatch):
     load_agent(str(tmp_path / "run/checkpoint"), "cpu")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(toy, tmp_path):
-    before = [p.detach().clone() for p in toy.model.parameters()]
-    settings = quick(tmp_path, reward="random")
-    with pytest.raises(SystemExit, match="step 1: loss nan"):
-        train(toy, one_window(), settings, RunFolder(settings),
-              loss=lambda logps, *_: logps.sum() * float("nan"))
-    assert all(torch.equal(a, b) for a, b in zip(before, toy.model.parameters()))
-
-
-def test_resuming_from_nothing_or_from_half_a_state_says_so(toy, tmp_path):
-    with pytest.raises(InputError, match="--resume"):  # at once, not after the warm start
-        RunFolder(quick(tmp_path, resume=True))
-    settings = quick(tmp_path)
-    train(toy, one_window(), settings, RunFolder(settings))
-    next(tmp_path.rglob("optimizer.safetensors")).unlink()
-    with pytest.raises(InputError, match="--resume"):
-        RunFolder(dataclasses.replace(settings, resume=True))
-
-
-def test_what_an_earlier_kill_left_behind_stops_no_save(toy, tmp_path):
-    settings = quick(tmp_path)
-    folder = RunFolder(settings)
-    (tmp_path / "run/.log.csv.1234.part").write_text("half a file")
-    for part in (".checkpoint.part", ".state.part"):
-        (tmp_path / "run" / part).mkdir()
-        (tmp_path / "run" / part / "junk").write_text("half a folder")
-    train(toy, one_window(), settings, folder)
-    assert "junk" not in [f.name for f in (tmp_path / "run/checkpoint").iterdir()]
-
-
-def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(tmp_path):
-    settings = quick(tmp_path, reward="random", steps=2)
-    train(toy_agent(0), one_window(), settings, RunFolder(settings))
-    (tmp_path / "run/state").rename(tmp_path / "run/.state.old")  # as replace_folder has it for a moment
-    resumed = dataclasses.replace(settings, resume=True, steps=4)
-    train(toy_agent(0), one_window(), resumed, RunFolder(resumed))
-    assert [r["step"] for r in csv.DictReader(open(tmp_path / "run/log.csv"))] == ["1", "2", "3", "4"]
-    assert (tmp_path / "run/state").is_dir() and not (tmp_path / "run/.state.old").exists()
-
-
 def test_a_run_is_not_resumed_with_settings_that_make_it_another_run(toy, tmp_path):
     settings = quick(tmp_path)
     train(toy, one_window(), settings, RunFolder(settings))
-    for changes in ({"seed": 1}, {"group": 4}, {"reward": "absolute"}, {"model": "other"}):
+    for changes in ({"seed": 1}, {"group": 4}, {"reward": "absolute"}, {"model": "other"}, {"lora_rank": 2}):
         with pytest.raises(InputError, match="--resume: .* was begun with --"):
             RunFolder(dataclasses.replace(settings, resume=True, **changes))
 
@@ -432,7 +384,7 @@ def test_a_checkpoint_has_the_names_that_older_readers_look_for(toy, tmp_path):
     """transformers 4 takes 10,000 for a rope_theta that it does not find at the top level."""
     settings, umask = quick(tmp_path), os.umask(0o022)
     try:
-        RunFolder(settings).save(toy, MasterAdamW(list(toy.model.parameters())), 1)
+        RunFolder(settings).save(toy, MasterAdamW(list(toy.model.parameters())), "grpo", 1)
     finally:
         os.umask(umask)
     config = json.loads((tmp_path / "run/checkpoint/config.json").read_text())
@@ -452,10 +404,10 @@ def test_a_checkpoint_has_the_names_that_older_readers_look_for(toy, tmp_path):
 def test_scaled_position_embeddings_are_written_for_older_readers_too(tmp_path, toy):
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
     model = tiny_model(kind="llama", rope_parameters=rope)
-    RunFolder(quick(tmp_path)).save_model(Agent(model, toy.tokenizer, [1]), "checkpoint")
-    config = json.loads((tmp_path / "run/checkpoint/config.json").read_text())
+    grpo.write_model(Agent(model, toy.tokenizer, [1]), tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
     assert config["rope_theta"] == 500.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
-    again, ids = load_agent(str(tmp_path / "run/checkpoint"), "cpu"), torch.tensor([[5, 6, 7]])
+    again, ids = load_agent(str(tmp_path / "model"), "cpu"), torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(again.model(ids).logits, model(ids).logits)
 
 
@@ -465,16 +417,15 @@ def test_scaled_position_embeddings_are_written_for_older_readers_too(tmp_path, 
 def test_the_best_policy_on_held_out_queries_is_kept_and_logged(toy, tmp_path, monkeypatch):
     scores = iter([0.5, 0.7, 0.6])
     monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(grpo.COLUMNS[5:8], next(scores)))
-    kept, honest = [], RunFolder.save_model
-    monkeypatch.setattr(RunFolder, "save_model",
-                        lambda self, agent, name: kept.append(name) or honest(self, agent, name))
-    settings = quick(tmp_path, steps=6, eval_every=2, save_every=100)
+    settings = quick(tmp_path, steps=6, eval_every=2, save_every=100, keep=1)
     train(toy, one_window(), settings, RunFolder(settings), held_out=toy_task(2, 3, 0, held_out=True))
-    assert kept == ["best", "best", "checkpoint"]
     log = list(csv.DictReader(open(tmp_path / "run/log.csv")))
     assert [row["eval_ndcg"] for row in log] == ["", "0.5", "", "0.7", "", "0.6"]
+    assert sorted(p.name for p in (tmp_path / "run/saves").iterdir()) == ["grpo-000004", "grpo-000006"]
+    assert (tmp_path / "run/best").resolve() == (tmp_path / "run/saves/grpo-000004/checkpoint").resolve()
     load_agent(str(tmp_path / "run/best"), "cpu")
-    assert json.loads((tmp_path / "run/state/state.json").read_text()) == {"step": 6, "best": 0.7}
+    state = json.loads((tmp_path / "run/state/state.json").read_text())
+    assert (state["step"], state["best"], state["best_step"]) == (6, 0.7, 4)
 
 
 def test_validation_is_the_ndcg_of_greedy_reranking(toy):
@@ -580,13 +531,14 @@ def test_a_resumed_run_keeps_to_its_data(folder):
 
 def test_a_resumed_run_keeps_the_supervised_model_as_its_reference(folder, monkeypatch):
     """The penalty is to the model that GRPO started from, which --sft-steps has moved away from --model."""
-    loaded, honest = [], grpo.load_agent
-    monkeypatch.setattr(grpo, "load_agent", lambda name, *more: loaded.append(name) or honest(name, *more))
-    data = ["--data", str(folder / "i.jsonl"), "--sft-steps", "1"]
+    weights, honest = [], grpo.reference_logps
+    monkeypatch.setattr(grpo, "reference_logps", lambda reference, *more: weights.append(
+        [p.clone() for p in reference.parameters()]) or honest(reference, *more))
+    data = ["--data", str(folder / "i.jsonl"), "--sft-steps", "1", "--sft-lr", "1e-2"]
     assert grpo.main(arguments(folder, *data)) == 0
     assert grpo.main(arguments(folder, *data, "--resume", "--steps", "2")) == 0
-    assert loaded == [str(folder / "m"), str(folder / "o/sft")]
-    assert grpo.main(arguments(folder, *data, "--resume", "--steps", "3")) == 0  # and once more
+    before = load_agent(str(folder / "m"), "cpu").model
+    assert all(map(torch.equal, *weights)) and not all(map(torch.equal, weights[0], before.parameters()))
 
 
 @pytest.mark.parametrize("flag", ["--data", "--qrels", "--eval-data", "--plan"])

@@ -29,7 +29,7 @@ def plain_sample(model, prompt, uniforms, temperature, stop):
     for u in uniforms:
         with torch.no_grad():
             logits = model(torch.tensor([prompt + written])).logits[:, -1]
-        written.append(int(pick_tokens(logits, temperature, u[None])))
+        written.append(int(pick_tokens(logits, temperature, u[None])[0]))
         if written[-1] in stop:
             break
     return written
@@ -104,10 +104,10 @@ def test_right_padding_changes_nothing_for_the_shorter_prompt(model):
 def test_sampling_follows_the_distribution():
     logits, uniforms = torch.tensor([[0.0, 1.0, 2.0, -30.0]]).expand(20000, 4), torch.rand(20000)
     for temperature in (1.0, 0.5):
-        drawn = torch.bincount(pick_tokens(logits, temperature, uniforms), minlength=4) / 20000
+        drawn = torch.bincount(pick_tokens(logits, temperature, uniforms)[0], minlength=4) / 20000
         torch.testing.assert_close(drawn, (logits[0] / temperature).softmax(0), atol=0.02, rtol=0)
     # No impossible token, at the very edge.
-    assert pick_tokens(logits[:1], 1.0, torch.tensor([0.9999999])).item() < 3
+    assert pick_tokens(logits[:1], 1.0, torch.tensor([0.9999999]))[0].item() < 3
 
 
 def test_progress_counts_every_answer_once(model):
@@ -478,7 +478,7 @@ def test_a_hub_name_without_a_network_is_one_line_within_seconds(monkeypatch):
     """The hub's client would try again and again for half a minute."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(model_module, "getproxies", dict)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
     started = time.monotonic()
     assert not model_module.hub_answers()
     with pytest.raises(InputError, match="cannot be loaded .*without a network") as refused:

@@ -14,10 +14,9 @@ from conftest import full_logps
 from test_plan import cpu_corrections
 
 from data import InputError
-from grpo import MasterAdamW, RunFolder, Settings, grpo_loss, memory_rows
+from grpo import MasterAdamW, Settings, grpo_loss, memory_rows, write_model
 from model import load_agent, load_config, microbatches, parameters, sample
 from rearank import Reranker, encode_prompt
-from toy import ToySettings
 
 FOLDER = os.environ.get("REARANK_TEST_MODEL", "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="REARANK_TEST_MODEL is not set")
@@ -68,7 +67,7 @@ def test_an_update_in_bfloat16_and_its_checkpoint(agents, tmp_path):
         grpo_loss(batch.logps, None, advantages, batch.lengths, 0.0).backward()
     assert 0 < optimizer.step(1e-3, 1.0) < float("inf")
     assert not torch.equal(before, agent.model.model.layers[0].mlp.up_proj.weight)
-    RunFolder(ToySettings(out=str(tmp_path))).save_model(agent, "checkpoint")
+    write_model(agent, tmp_path / "checkpoint")
     again = load_agent(str(tmp_path / "checkpoint"), "cpu", "bfloat16")
     assert again.stop_ids == agent.stop_ids
     assert encode_prompt(again.tokenizer, QUERY, PASSAGES) == prompt

@@ -71,7 +71,8 @@ def decoding_step() -> list:
         cohorts = [Cohort(model, [[1] * n for n in lengths], 4, range(4 * len(lengths)))
                    for lengths in ((2203, 2101), (2117,))]
         for cohort in cohorts:
-            cohort.tokens = pick_tokens(cohort.logits, 1.0, torch.rand(len(cohort.owner), device="cuda"))
+            drawn = torch.rand(len(cohort.owner), device="cuda")
+            cohort.tokens, _ = pick_tokens(cohort.logits, 1.0, drawn)
         with Operations() as operations:
             read_tokens(model, cohorts)
             for cohort in cohorts:
@@ -113,7 +114,8 @@ def test_sampling_4096_answers_reads_little_more_than_the_rows_alive_need(monkey
 
     def pick(logits, temperature, answers):
         written.update(answers.tolist())
-        return torch.tensor([int(written[a] >= lengths[a]) for a in answers.tolist()])
+        tokens = torch.tensor([int(written[a] >= lengths[a]) for a in answers.tolist()])
+        return tokens, torch.zeros(len(tokens))
 
     def count(model, cohorts):
         counts["steps"] += 1

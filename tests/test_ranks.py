@@ -1,0 +1,192 @@
+"""Several ranks: real processes that talk over gloo must do what one process does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from toy import toy_agent
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Forks the ranks of each run: importing torch for every one would take a minute. argv: a folder; runs as
+# JSON, each [name, number of ranks, settings, what goes wrong]; what a run did is in FOLDER/NAME.
+HARNESS = r"""
+import csv, json, os, random, signal, socket, sys, time
+sys.path.insert(0, ROOT)
+import torch, transformers.models.qwen2.modeling_qwen2
+torch.set_num_threads(1)
+import grpo, toy
+from data import InputError, expand
+from reward import Score
+
+def flat_for_train0(text, labels, ideal, scheme):
+    return Score(0.5 if labels == instances[0].labels else len(text) / 100, 0, 0, 0, 0)
+
+def rank_zero_is_not_finite(logps, reference, advantages, lengths, beta):
+    factor = 1 if grpo.ranks()[0] else float("nan")
+    return grpo.grpo_loss(logps, reference, advantages, lengths, beta) * factor
+
+def run(settings, wrong):
+    agent = toy.toy_agent(0)
+    first, honest = [], grpo.MasterAdamW.step
+    def step(self, lr, grad_clip, skip=False):
+        if not first and hasattr(agent, "started"):
+            for p in self.params:
+                grad = self.sums.get(p, p.grad)
+                grad = torch.zeros_like(p) if grad is None else grad.clone()
+                if grpo.ranks()[1] > 1:
+                    torch.distributed.all_reduce(grad)
+                first.append(grad)
+        if wrong == "dies" and grpo.ranks()[0] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest(self, lr, grad_clip, skip)
+    grpo.MasterAdamW.step = step
+    folder = grpo.RunFolder(settings)
+    if settings.sft_steps:
+        lesson = [([5, 6, 7], [8, 9]), ([7, 5], [4]), ([6] * 4, [3, 3, 3])]
+        lessons = iter([lesson] * settings.sft_steps)
+        grpo.supervised(agent, lessons, settings.sft_steps, 1e-3, settings, folder=folder)
+    if settings.lora_rank:
+        toy.add_lora(agent.model, settings.lora_rank)
+        torch.manual_seed(1)
+        for name, p in agent.model.named_parameters():  # B is 0 at first, and A then has no gradient
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, 0, 0.1)
+    agent.started = True
+    hooks = {"flat": {"reward": flat_for_train0}, "nan": {"loss": rank_zero_is_not_finite}}.get(wrong, {})
+    candidates, qrels = toy.toy_task(6, 20, 3)
+    held_out = toy.toy_task(3, 6, 4, held_out=True)
+    instances[:] = expand(candidates, qrels, 2, 6, keep="all")
+    grpo.train(agent, instances, settings, folder, held_out=held_out, **hooks)
+    if grpo.ranks()[0] == 0:
+        grpo.save_file({str(i): g for i, g in enumerate(first)}, settings.out + "/first.safetensors")
+    return 0
+
+instances = []
+for name, number, changes, wrong in json.loads(sys.argv[2]):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    few = {"prompts_per_step": 5, "group": 4, "steps": 3, "max_new_tokens": 10, "save_every": 1,
+           "eval_every": 3, "sft_steps": 0, "reward": "normalized" if wrong == "flat" else "random"}
+    settings = toy.ToySettings(**few | {"out": f"{sys.argv[1]}/{name}"} | changes)
+    pids = []
+    for rank in range(number):
+        if not (pid := os.fork()):
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            log = open(f"{sys.argv[1]}/{name}.{rank}.log", "w")
+            sys.stdout, sys.stderr = log, log
+            sys.argv[0] = "grpo.py"
+            try:
+                grpo.run_main(lambda: grpo.on_all_ranks(lambda s: run(s, wrong), settings))
+            except SystemExit as error:
+                log.flush()
+                os._exit(error.code if isinstance(error.code, int) else 1)
+        pids.append(pid)
+    started = time.time()
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    print(json.dumps([name, codes, time.time() - started]))
+"""
+
+
+def run_ranks(folder: Path, *runs) -> dict[str, list]:
+    """{name: [exit status of each rank, seconds]} of runs: name, number of ranks, settings, what goes wrong."""
+    script = f"ROOT = {str(ROOT)!r}\n{HARNESS}"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder), json.dumps(runs)],
+        text=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
+
+
+def largest_difference(a: Path, b: Path, only: str = "") -> float:
+    a, b = load_file(a), load_file(b)
+    assert a.keys() == b.keys() and any(only in name for name in a)
+    return max(float((a[name] - b[name]).abs().max()) for name in a if only in name)
+
+
+CASES = {
+    "plain": [{"beta": 0.0}, "", (1, 2, 3)],
+    "reference": [{"beta": 0.1, "lr": 1e-3}, "", (1, 3)],
+    "fewer prompts than ranks": [{"prompts_per_step": 2, "steps": 2}, "", (1, 3)],
+    "a rank with flat groups only": [{"prompts_per_step": 2}, "flat", (1, 2)],
+    "lora": [{"lora_rank": 3, "beta": 0.1}, "", (1, 2)],
+    "sft": [{"sft_steps": 2}, "", (1, 2)],
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """The folder of all runs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    runs = [
+        (f"{name} {n}", n, changes, wrong)
+        for name, (changes, wrong, numbers) in CASES.items()
+        for n in numbers
+    ]
+    runs += [
+        ("long", 1, {"decay": False, "steps": 4}, ""),
+        ("3 to 2", 3, {"decay": False, "steps": 2}, ""),
+        ("3 to 2", 2, {"decay": False, "steps": 4, "resume": True}, ""),
+        ("nan", 2, {"prompts_per_step": 2, "steps": 1, "lr": 1e-2}, "nan"),
+        ("dead", 3, {}, "dies"),
+    ]
+    for name, (codes, seconds) in run_ranks(folder, *runs).items():
+        if name == "dead":
+            (folder / "dead.json").write_text(json.dumps([codes, seconds]))
+        else:
+            assert not any(codes), (folder / f"{name}.0.log").read_text()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "case, number", [(case, n) for case, (*_, numbers) in CASES.items() for n in numbers[1:]]
+)
+def test_the_result_does_not_depend_on_the_number_of_ranks(ran, case, number):
+    one, several = ran / f"{case} 1", ran / f"{case} {number}"
+    assert largest_difference(one / "first.safetensors", several / "first.safetensors") < 1e-5  # gradients
+    state = "state/optimizer.safetensors"
+    assert largest_difference(one / state, several / state, "master") < 5e-5
+    assert (one / "samples.txt").read_text() == (several / "samples.txt").read_text()
+    logs = [
+        [line.split(",") for line in (run / "log.csv").read_text().splitlines()] for run in (one, several)
+    ]
+    for name in ("reward", "ndcg", "eval_ndcg", "entropy", "kl", "grad_norm", "length", "flat_groups", "lr"):
+        column = logs[0][0].index(name)
+        a, b = ([float(row[column] or "nan") for row in log[1:]] for log in logs)
+        assert a == pytest.approx(b, rel=1e-3, abs=2e-5, nan_ok=True) and len(a) >= 2, name
+
+
+def test_what_three_ranks_have_saved_two_go_on_with(ran):
+    state = "state/optimizer.safetensors"
+    assert largest_difference(ran / "3 to 2" / state, ran / "long" / state, "master") < 5e-5
+    assert len((ran / "3 to 2/log.csv").read_text().splitlines()) == 5
+
+
+def test_only_the_first_rank_writes_and_prints(ran):
+    assert "step    1 " in (ran / "plain 2.0.log").read_text() and not (ran / "plain 2.1.log").read_text()
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(ran):
+    log = (ran / "nan/log.csv").read_text().splitlines()
+    assert dict(zip(log[0].split(","), log[1].split(",")))["skipped"] == "1"
+    masters = load_file(ran / "nan/state/optimizer.safetensors")
+    for i, p in enumerate(toy_agent(0).model.parameters()):
+        assert (masters[f"master.{i}"] == p).all()
+
+
+def test_a_rank_that_dies_ends_the_others_with_one_line(ran):
+    codes, seconds = json.loads((ran / "dead.json").read_text())
+    assert codes == [2, -9, 2] and seconds < 60
+    for rank in (0, 2):
+        last = (ran / f"dead.{rank}.log").read_text().strip().splitlines()[-1]
+        assert last.startswith(f"grpo.py: rank {rank}: another rank has ended") and "--resume" in last
