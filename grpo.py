@@ -515,21 +515,16 @@ class MasterAdamW:
         gradients and returns their norm from before clipping. With `skip`, or a norm that is not finite, the
         weights stay as they are.
         """
-        grads, several = {}, ranks()[1] > 1
-        for param in self.params:
-            grad = self.sums.pop(param, param.grad)
-            if several:  # one without a gradient adds zeros
-                grad = sum_of_slices(torch.zeros_like(param, dtype=torch.float32) if grad is None else grad)
-            if grad is not None:
-                grads[param] = grad
-        norm = torch.nn.utils.get_total_norm(list(grads.values()))
-        if several:
-            dist.all_reduce(square := norm.square())
-            norm = square.sqrt()
-        norm, self.moved = float(norm), True
-        for param, master, adam in zip(self.params, self.masters, self.adams):
-            if param in grads and math.isfinite(norm) and not skip:
-                master.grad = grads.pop(param).mul_(min(1.0, grad_clip / (norm + 1e-6))).to(master.device)
+        grads = []
+        for param in self.params:  # on a rank that has no gradient it is zero
+            if (grad := self.sums.pop(param, param.grad)) is None:
+                grad = torch.zeros_like(param, dtype=torch.float32)
+            grads.append(sum_of_slices(grad))
+        norm = math.sqrt(sum(gather([float(torch.nn.utils.get_total_norm(grads)) ** 2])))
+        self.moved = True
+        for param, master, adam, grad in zip(self.params, self.masters, self.adams, grads):
+            if math.isfinite(norm) and not skip:
+                master.grad = grad.mul_(min(1.0, grad_clip / (norm + 1e-6))).to(master.device)
                 adam.param_groups[0]["lr"] = lr
                 adam.step()
                 if param is not master:
@@ -620,7 +615,9 @@ def my_slice(x: Tensor) -> Tensor:
 
 def sum_of_slices(x: Tensor) -> Tensor:
     """[...] -> [n], this rank's slice of the sum over ranks."""
-    mine, collective = torch.empty_like(slices(x)[0]), getattr(dist, "reduce_scatter_single", None)
+    if ranks()[1] == 1:
+        return x
+    mine, collective = torch.empty_like(my_slice(x)), getattr(dist, "reduce_scatter_single", None)
     (collective or dist.reduce_scatter_tensor)(mine, slices(x).flatten())  # torch 2.11's name
     return mine
 
