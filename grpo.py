@@ -868,17 +868,25 @@ def memory_rows(c, N: int, s: Settings, size: int) -> dict[str, tuple[float, flo
         "scores or logits": (max(8 * rows * H * P, 12 * rows * c.vocab_size), max(scores, logits), 0)}
 
 
-def plan_memory(config, settings: Settings, size: int, card: float, host: float) -> tuple[Settings, str]:
-    """Settings that were left open (None or 0) chosen so that training fits into `card` and `host` bytes, and
-    the plan as text. The faster before the leaner; what is set by hand stays. InputError where nothing fits.
+def planned(settings: Settings) -> tuple[Settings, str]:
+    """The settings, made to fit the model's positions, those left open (None or 0) chosen so that training
+    fits into the free memory (or --memory); and the plan as text. The faster before the leaner; what is set
+    by hand stays. InputError where nothing fits.
     """
+    device, (config, _) = pick_device(settings.device), load_config(settings.model)
+    card, host = free_memory(device), free_memory(torch.device("cpu")) if device.type != "cpu" else 0.0
+    half = settings.dtype == "bfloat16" or settings.dtype == "auto" and device.type != "cpu"
+    if settings.memory:  # of another machine, whose host we do not know
+        card, host, half = settings.memory * 2**30, math.inf, settings.dtype != "float32"
+    P, T = fit_context(config, settings.max_prompt_tokens, settings.max_new_tokens)
+    settings = dataclasses.replace(settings, max_prompt_tokens=P, max_new_tokens=T,
+                                   gpus=settings.gpus if settings.plan and settings.gpus else ranks()[1])
     ways = {"offload": (False, True), "checkpointing": (False, True), "answer_tokens": (8192, 4096, 2048),
             "max_rows": (512, 256, 128, 64, 32)}
     for name in ways:
-        value = getattr(settings, name)
-        if value is not None and (value or value is False):  # 0 is open, False is not
+        if (value := getattr(settings, name)) or value is False:  # 0 is open, False is not
             ways[name] = (value,)
-    N = parameters(config)
+    N, size = parameters(config), 2 if half else 4
     for values in itertools.product(*ways.values()):
         chosen = dataclasses.replace(settings, **dict(zip(ways, values)))
         table = memory_rows(config, N, chosen, size)
@@ -892,11 +900,9 @@ def plan_memory(config, settings: Settings, size: int, card: float, host: float)
     for name, value in zip(ways, values):
         flag = name.replace("_", "-")
         flags.append(f"--{flag} {value}" if type(value) is int else f"--{flag}" if value else f"--no-{flag}")
-    there = f"{card / 2**30:.0f} GiB"
+    there = f"{chosen.gpus} cards; on each " * (chosen.gpus > 1) + f"{card / 2**30:.0f} GiB"
     if 0 < host < math.inf:  # 0: a CPU's one memory; infinite: another machine's
         there += f" and {host / 2**30:.0f} in the host"
-    if chosen.gpus > 1:
-        there = f"{chosen.gpus} cards; on each {there}"
     save = N * size + 12 * (parameters(config, chosen.lora_rank) if chosen.lora_rank else N)
     lines.append(f"{there} are free; a save writes {save / 2**30:.1f}. Chosen: {' '.join(flags)}")
     if not fits:
@@ -960,19 +966,6 @@ def train_model(settings: Settings) -> int:
     print(f"{folder.path}/checkpoint is the trained model; rerank with it:\n  python rearank.py --model "
           f"{folder.path}/checkpoint --prompt {settings.prompt} --input CANDIDATES --output RUN")
     return 0
-
-
-def planned(settings: Settings) -> tuple[Settings, str]:
-    """The settings, made to fit the model's positions and the free memory (or --memory); the plan as text."""
-    device, (config, _) = pick_device(settings.device), load_config(settings.model)
-    card, host = free_memory(device), free_memory(torch.device("cpu")) if device.type != "cpu" else 0.0
-    half = settings.dtype == "bfloat16" or settings.dtype == "auto" and device.type != "cpu"
-    if settings.memory:  # of another machine, whose host we do not know
-        card, host, half = settings.memory * 2**30, math.inf, settings.dtype != "float32"
-    limits = fit_context(config, settings.max_prompt_tokens, settings.max_new_tokens)
-    settings = dataclasses.replace(settings, max_prompt_tokens=limits[0], max_new_tokens=limits[1],
-                                   gpus=settings.gpus if settings.plan and settings.gpus else ranks()[1])
-    return plan_memory(config, settings, 2 if half else 4, card, host)
 
 
 def main(argv: list[str] | None = None) -> int:
