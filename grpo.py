@@ -690,8 +690,7 @@ class RunFolder:
         if not settings.resume or not any(path.glob("saves/*-[0-9]*")):
             return {}
         earlier = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        for name in ("model", "seed", "prompts_per_step", "group", "reward", "prompt", "sft_steps",
-                     "lora_rank"):
+        for name in "model seed prompts_per_step group reward prompt sft_steps lora_rank".split():
             if earlier.get(name) != getattr(settings, name):
                 flag = name.replace("_", "-")
                 raise InputError(f"--resume: {path} was begun with --{flag} {earlier.get(name)}")
@@ -701,12 +700,10 @@ class RunFolder:
         """Append one step to log.csv and print it, without the loss: on-policy it is about 0."""
         if not self.writes:
             return
-        path = self.path / "log.csv"
-        new = not path.exists() or not path.stat().st_size
-        with open(path, "a", newline="", encoding="utf-8") as file:
+        with open(self.path / "log.csv", "a", newline="", encoding="utf-8") as file:
             columns = [*COLUMNS, *(name for name in row if name not in COLUMNS)]
             writer = csv.DictWriter(file, columns, lineterminator="\n")
-            if new:
+            if not file.tell():
                 writer.writeheader()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         line = LINE
@@ -719,19 +716,18 @@ class RunFolder:
     def write_samples(self, name: str, step: int, rollouts: Rollouts, rewards: Tensor,
                       which: Iterable[int]) -> str:
         """Append these of a step's rollouts, with rewards [B, G], to the file `name`. Returns what is new."""
-        parts = []
+        new = ""
         for i in which:
             instance, score = rollouts.instances[i // rewards.shape[1]], rollouts.scores[i]
-            parts.append(f"--- step {step}, query {instance.qid}: {instance.query}\n"
-                         f"    labels of [1], [2], ...: {instance.labels}\n"
-                         f"    reward {float(rewards.flatten()[i]):+.3f}, NDCG@10 {score.ndcg:.3f}, format "
-                         f"{score.format1:.0f} {score.format2:.0f}, "
-                         f"{len(rollouts.completions[i].ids)} tokens\n"
-                         f"{rollouts.texts[i]}\n\n")
+            new += (f"--- step {step}, query {instance.qid}: {instance.query}\n"
+                    f"    labels of [1], [2], ...: {instance.labels}\n"
+                    f"    reward {float(rewards.flatten()[i]):+.3f}, NDCG@10 {score.ndcg:.3f}, format "
+                    f"{score.format1:.0f} {score.format2:.0f}, {len(rollouts.completions[i].ids)} tokens\n"
+                    f"{rollouts.texts[i]}\n\n")
         if self.writes:
             with open(self.path / name, "a", encoding="utf-8") as file:
-                file.writelines(parts)
-        return "".join(parts)
+                file.write(new)
+        return new
 
     def save(self, agent: Agent, optimizer: MasterAdamW, phase: str, step: int, best: float = -1.0,
              best_step: int = 0) -> None:
@@ -767,7 +763,7 @@ class RunFolder:
             self.point("best", f"saves/grpo-{best_step:06d}/checkpoint")
         self.point("latest", f"saves/{save.name}")
         for old in self.saves(phase)[:-self.settings.keep]:
-            if old != saves / f"grpo-{best_step:06d}":
+            if old.name != f"grpo-{best_step:06d}":
                 shutil.rmtree(old)
 
     def saves(self, phase: str) -> list[Path]:
