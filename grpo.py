@@ -5,15 +5,11 @@
     python grpo.py --help                                the toy's settings; with --model NAME the paper's
 
 From top to bottom: advantage and loss (equations 3 and 4); one step; the training loop; supervised learning;
-settings; the optimizer; the run folder; the command line.
+settings; the optimizer; several ranks; the run folder; the plan of memory; the command line.
 
-Where it departs from the paper and from VeRL, which the authors use (README.md lists all departures):
-- A group whose rewards are all equal has advantage exactly 0 and is counted in the log. Std: the sample's.
-- beta = 0.001 with the k3 estimator, lr = 1e-6, temperature 1.0 are VeRL's defaults: the paper does not say.
-- A prompt is encoded once for its group, in sampling and in the update; the gradient is the same.
-
-Letters in shape comments: B prompts (groups) in a step, G rollouts of a prompt, T answer tokens. Every
-sampled token is trained on, the end token included.
+beta = 0.001 with the k3 estimator, lr = 1e-6 and temperature 1.0 are defaults of VeRL, which the authors use:
+the paper does not say. README.md lists where we depart from both. Every sampled token is trained on, the end
+token included. Letters in shape comments: B prompts (groups) in a step, G rollouts of each, T answer tokens.
 """
 
 from __future__ import annotations
@@ -101,7 +97,10 @@ def grpo_loss(logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, lengt
 def grpo_step(agent: Agent, reference, optimizer: MasterAdamW, instances: list[Instance], lr: float,
               settings: Settings, step: int, reward: Callable[..., Score] = score_response,
               loss: Callable[..., Tensor] = grpo_loss) -> tuple[dict[str, float], Rollouts]:
-    """One update: sample, reward, advantage, loss, step. Returns the log's row and the rollouts."""
+    """One update: sample, reward, advantage, loss, step. Returns the log's row and the rollouts.
+
+    Another reward or loss is called as `score_response` or `grpo_loss` is.
+    """
     started = time.perf_counter()
     rollouts = sample_rollouts(agent, instances, settings, step, reward)
     rewards = rollout_rewards(rollouts, settings, step)  # [B, G]
@@ -239,19 +238,17 @@ def peak_mib(device: torch.device) -> float:
 
 
 def train(agent: Agent, instances: list[Instance], settings: Settings, folder: RunFolder,
-          measure: Callable[[Rollouts], dict] | None = None, held_out: tuple | None = None,
-          reward: Callable[..., Score] = score_response, loss: Callable[..., Tensor] = grpo_loss) -> None:
+          measure: Callable[[Rollouts], dict] | None = None, held_out: tuple | None = None, **hooks) -> None:
     """GRPO up to step settings.steps. `measure` adds columns to the log. Ctrl-C saves first (one rank only).
 
     `held_out` (candidates, qrels): every settings.eval_every steps they are reranked, and the best policy is
-    kept in best/. Another reward or loss is called as `score_response` or `grpo_loss` is. SystemExit where
-    three updates in a row had to be skipped.
+    kept in best/. `hooks`: `grpo_step`'s reward and loss. SystemExit after three skipped updates in a row.
     """
     if not instances:
         raise InputError("no training instance is left: check that candidates and judgements share query "
                          "ids, or loosen --keep-draws and --min-ndcg")
     reference = None
-    if settings.beta > 0 or settings.log_kl:  # frozen weights, all but LoRA's, are there once for both
+    if settings.beta or settings.log_kl:  # frozen weights, all but LoRA's, are there once for both
         frozen = {id(p): p for p in agent.model.parameters() if not p.requires_grad}
         reference = copy.deepcopy(agent.model, frozen).requires_grad_(False)
     optimizer = MasterAdamW(list(agent.model.parameters()), settings.weight_decay, settings.offload)
@@ -264,8 +261,7 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
         for step in tqdm(steps, desc="GRPO", initial=done, total=settings.steps, unit="step"):
             lr = learning_rate(step, settings.steps, settings.lr, settings.warmup, settings.decay)
             batch = batch_of(instances, step, settings)
-            row, rollouts = grpo_step(agent, reference, optimizer, batch, lr, settings, step, reward=reward,
-                                      loss=loss)
+            row, rollouts = grpo_step(agent, reference, optimizer, batch, lr, settings, step, **hooks)
             if held_out and (step % settings.eval_every == 0 or step == settings.steps):
                 row |= validate(agent, *held_out, settings)
                 best = max(best, (row["eval_ndcg"], step), key=lambda pair: pair[0])  # the first of equals
@@ -336,13 +332,12 @@ def validate(agent: Agent, candidates: list[Candidates], qrels: dict, settings: 
 def batch_of(instances: list[Instance], step: int, settings: Settings) -> list[Instance]:
     """The instances of step 1, 2, ...: a new shuffle each time the pool is used up. A function of the seed
     and the step alone, so that a resumed run goes on as the unbroken one would have."""
-    B, pool = settings.prompts_per_step, []
-    for epoch in range((step - 1) * B // len(instances), (step * B - 1) // len(instances) + 1):
-        shuffled = list(range(len(instances)))
+    B, n, pool = settings.prompts_per_step, len(instances), []
+    for epoch in range((step - 1) * B // n, (step * B - 1) // n + 1):
+        shuffled = list(instances)
         random.Random(f"{settings.seed} {epoch}").shuffle(shuffled)
         pool += shuffled
-    first = (step - 1) * B % len(instances)
-    return [instances[i] for i in pool[first:first + B]]
+    return pool[(step - 1) * B % n:][:B]
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: bool) -> float:
