@@ -167,9 +167,8 @@ def update_policy(agent: Agent, reference, optimizer: MasterAdamW, rollouts: Rol
     prompts, (B, G), device = rollouts.prompts, advantages.shape, agent.model.device
     answers = [c.ids for c in rollouts.completions]
     sampled = padded([c.logps or [math.nan] * len(c.ids) for c in rollouts.completions], device)  # [B G, T]
-    options = {name: getattr(settings, name) for name in ("temperature", "answer_tokens", "prompt_tokens",
-                                                          "checkpointing")}
-    mine = my_share(B)
+    names, mine = ("temperature", "answer_tokens", "prompt_tokens", "checkpointing"), my_share(B)
+    options = {name: getattr(settings, name) for name in names}
     live = [g for g in mine if reference is not None or advantages[g].any()]
     ref_logps = None if reference is None else reference_logps(reference, prompts, answers, mine, options)
     advantages = advantages.flatten().to(device)
@@ -251,7 +250,7 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
     if settings.beta or settings.log_kl:  # frozen weights, all but LoRA's, are there once for both
         frozen = {id(p): p for p in agent.model.parameters() if not p.requires_grad}
         reference = copy.deepcopy(agent.model, frozen).requires_grad_(False)
-    optimizer = MasterAdamW(list(agent.model.parameters()), settings.weight_decay, settings.offload)
+    optimizer = MasterAdamW(agent.model.parameters(), settings.weight_decay, settings.offload)
     state = folder.load(optimizer, "grpo")
     done, best, rows = state["step"], (state["best"], state["best_step"]), folder.rewind(state)
     warned = set().union(*(collapses(rows[:n]) for n in range(len(rows) + 1)))  # each once in a run
@@ -316,9 +315,8 @@ def validate(agent: Agent, candidates: list[Candidates], qrels: dict, settings: 
     mine = my_share(len(candidates))
     candidates = candidates[mine.start:mine.stop]
     lists = [(c.query, c.texts[:settings.window]) for c in candidates]
-    reranker = Reranker(agent, settings.prompt, settings.window, settings.window,
-                        max_new_tokens=settings.max_new_tokens, max_prompt_tokens=settings.max_prompt_tokens,
-                        max_rows=settings.max_rows)
+    limits = {name: getattr(settings, name) for name in ("max_new_tokens", "max_prompt_tokens", "max_rows")}
+    reranker = Reranker(agent, settings.prompt, settings.window, settings.window, **limits)
     scores = []
     for c, ranking in zip(candidates, reranker.rank_many(lists)):
         order = [result.index for result in ranking] + list(range(len(ranking), len(c.docids)))
@@ -358,8 +356,8 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
     Returns the last loss. With a run folder it is saved and resumed there as this phase. A step whose loss or
     gradient is not finite is skipped; SystemExit after three in a row.
     """
-    parameters, total, bad = list(agent.model.parameters()), math.nan, 0
-    optimizer = MasterAdamW(parameters, settings.weight_decay, settings.offload, betas=(0.9, 0.95))
+    total, bad, weights = math.nan, 0, agent.model.parameters()
+    optimizer = MasterAdamW(weights, settings.weight_decay, settings.offload, betas=(0.9, 0.95))
     done = folder.load(optimizer, phase)["step"] if folder else 0
     batches = itertools.islice(batches, done, None)
     with tqdm(range(done + 1, steps + 1), desc=title, initial=done, total=steps, unit="step") as bar:
@@ -480,7 +478,7 @@ class MasterAdamW:
     of micro-batches. ZeroRedundancyOptimizer keeps no float32 masters.
     """
 
-    def __init__(self, params: Sequence[torch.nn.Parameter], weight_decay: float = 0.0, offload: bool = False,
+    def __init__(self, params: Iterable[torch.nn.Parameter], weight_decay: float = 0.0, offload: bool = False,
                  betas: tuple[float, float] = (0.9, 0.999)):
         self.params = [p for p in params if p.requires_grad]
         self.masters, self.moved = [], False  # `moved` by `step`: for the caller to set back
@@ -661,14 +659,12 @@ class RunFolder:
             if settings.resume and not earlier:
                 print(f"--resume: nothing has been saved in {self.path} yet: starting from the beginning")
             if not earlier and self.holds_run(self.path):
-                names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
-                aside = next(name for name in names if not name.exists())
+                aside = next(a for n in itertools.count(1) if not (a := Path(f"{self.path}.{n}")).exists())
                 self.path.rename(aside)
                 print(f"{self.path} held an earlier run, which is now {aside}")
             self.path.mkdir(parents=True, exist_ok=True)
             for link in ("checkpoint", "state", *["adapter"] * bool(settings.lora_rank)):
-                if not (self.path / link).is_symlink():
-                    (self.path / link).symlink_to(f"latest/{link}")
+                self.point(link, f"latest/{link}")
             with atomic_write(self.path / "config.json") as file:
                 json.dump(dataclasses.asdict(settings) | {"trained_on": trained_on}, file, indent=2)
         gather([])  # no rank looks into the folder before it is ready
@@ -733,8 +729,7 @@ class RunFolder:
         tensors = optimizer.state()
         if not self.writes:
             return
-        saves = self.path / "saves"
-        part, save = saves / ".part", saves / f"{phase}-{step:06d}"
+        part, save = (self.path / "saves" / name for name in (".part", f"{phase}-{step:06d}"))
         state = {"step": step, "best": best, "best_step": best_step}
         state |= {file.name: file.stat().st_size for name in LOGS if (file := self.path / name).exists()}
         for unfinished in (part, save):  # of a run that was killed while it saved
@@ -931,9 +926,9 @@ def train_model(settings: Settings) -> int:
     print(plan)
     if settings.plan:
         return 0
-    expansion = {name: getattr(settings, name) for name in ("draws", "order", "min_ndcg", "seed")}
-    instances, chosen = training_instances(settings.data, settings.qrels, size=settings.window,
-                                           keep=settings.keep_draws, **expansion)
+    instances, chosen = training_instances(
+        settings.data, settings.qrels, draws=settings.draws, size=settings.window, order=settings.order,
+        keep=settings.keep_draws, min_ndcg=settings.min_ndcg, seed=settings.seed)
     settings.data = chosen["data"]  # what auto stood for: --resume keeps to it
     held_out = read_held_out(settings, {x.qid for x in instances}) if settings.eval_data else None
     agent = load_agent(settings.model, settings.device, settings.dtype)  # after the data, soon at fault
