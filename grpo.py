@@ -752,7 +752,8 @@ class RunFolder:
         if best_step:
             self.point("best", f"saves/grpo-{best_step:06d}/checkpoint")
         self.point("latest", f"saves/{save.name}")
-        for old in self.saves(phase)[:-self.settings.keep]:
+        # Later ones could not be read: they are written again in their turn.
+        for old in [old for old in self.saves(phase) if old <= save][:-self.settings.keep]:
             if old.name != f"grpo-{best_step:06d}":
                 shutil.rmtree(old)
 

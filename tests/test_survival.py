@@ -154,6 +154,16 @@ def test_a_save_that_cannot_be_read_is_named_and_the_one_before_it_used(tmp_path
         assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+def test_a_save_is_not_deleted_for_a_later_one_that_cannot_be_read(tmp_path):
+    settings = quick(tmp_path, steps=3, save_every=3, reward="random", keep=1)
+    train(toy_agent(0), one_window(), settings, RunFolder(settings))
+    path = tmp_path / "run/state/optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    again = dataclasses.replace(settings, resume=True, steps=2, save_every=1)
+    train(toy_agent(0), one_window(), again, RunFolder(again))
+    assert (tmp_path / "run/latest").resolve().name == "grpo-000002" and (tmp_path / "run/checkpoint").exists()
+
+
 def test_resuming_where_nothing_has_been_saved_starts_from_the_beginning_and_says_so(toy, tmp_path, capsys):
     settings = quick(tmp_path, resume=True)
     train(toy, one_window(), settings, RunFolder(settings))
