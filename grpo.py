@@ -737,7 +737,7 @@ class RunFolder:
         try:
             (part / "state").mkdir(parents=True)
             write_model(agent, part / "checkpoint")
-            if self.settings.lora_rank:
+            if any(".lora_" in name for name, _ in agent.model.named_parameters()):  # not in a warm start
                 save_adapter(agent.model, part / "adapter", self.settings.model)
             save_file(tensors, part / "state/optimizer.safetensors")
             (part / "state/state.json").write_text(json.dumps(state), encoding="utf-8")

@@ -199,6 +199,12 @@ def test_a_model_folder_trains_with_lora_also_after_supervised_steps(folder):  #
     assert not torch.equal(sft.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
 
 
+def test_a_warm_start_before_lora_has_no_adapter_to_save(toy, tmp_path):
+    settings = quick(tmp_path, lora_rank=2)
+    grpo.supervised(toy, iter([[([5, 6], [7, 1])]]), 1, 1e-3, settings, folder=RunFolder(settings))
+    assert (tmp_path / "run/checkpoint").exists() and not (tmp_path / "run/adapter").exists()
+
+
 @pytest.mark.parametrize("gib", ["24", "48"])
 def test_a_7b_fits_a_small_card_with_lora(capsys, seven_b, gib):  # noqa: F811
     out = planned(capsys, seven_b, "--memory", gib, "--lora-rank", "16")
