@@ -111,18 +111,14 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 class EncodedPrompts:
     """S prompts' keys and values, a tensor [S, K, P, D] a layer, right-padded to P.
 
-    `sizes` counts real tokens; `lengths` [S] is the same as a tensor on the CPU. `last_hidden` [S, hidden] is
-    the final hidden state of each prompt's last token, which predicts the first token of an answer.
+    `sizes` counts real tokens. `last_hidden` [S, hidden] is the final hidden state of each prompt's last
+    token, which predicts the first token of an answer.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     sizes: list[int]
     last_hidden: Tensor
-
-    @property
-    def lengths(self) -> Tensor:
-        return torch.tensor(self.sizes)
 
 
 def encode_prompts(model, prompts: Sequence[Sequence[int]], checkpointing: bool = False) -> EncodedPrompts:
@@ -319,17 +315,16 @@ class Cohort:
 
     def advance(self, length: int, logits: Tensor) -> None:
         """`length` tokens of each row have been read; logits [R, V] of the next ones."""
-        self.length, self.logits, places = length, logits, -(-(length + 1) // self.even) * self.even
-        self.places, self.own_bias = places, None  # of the next step, [places]
-        if places > length + 1:
-            seen = torch.zeros(length + 1, device=self.device)
-            self.own_bias = F.pad(seen, (0, places - length - 1), value=-torch.inf)
+        self.length, self.logits, self.own_bias = length, logits, None  # [places]
+        self.places = -(-(length + 1) // self.even) * self.even  # of the next step
+        if self.places > length + 1:
+            unread = torch.arange(self.places, device=self.device) > length
+            self.own_bias = torch.where(unread, -torch.inf, 0.0)
 
     def arrange(self) -> None:
         """Where rows stand when they meet their prompts as [S, G]; G is the largest group still alive."""
         lengths, width = torch.tensor(self.prompt_lengths), self.keys[0].shape[2]
-        first = {p: r for r, p in reversed([*enumerate(self.owner)])}
-        rank = [r - first[p] for r, p in enumerate(self.owner)]  # a row's number among those of its prompt
+        rank = [r - self.owner.index(p) for r, p in enumerate(self.owner)]  # among those of its prompt
         grid = torch.zeros(len(lengths), max(rank) + 1, dtype=torch.long)  # elsewhere row 0, unread
         grid[self.owner, rank] = torch.arange(len(rank))
         self.grid = grid.to(self.device)
@@ -508,7 +503,7 @@ def answer_logps(model, prompts: EncodedPrompts, owner: Sequence[int], answers: 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
             return SharedAttention.apply(query, key, value, keys[layer], values[layer], shared, scaling)
 
-        starts = prompts.lengths[list(owner)][:, None]
+        starts = torch.tensor([prompts.sizes[p] for p in owner])[:, None]
         positions = (starts + torch.arange(T - 1)).to(device)
         hidden = torch.cat([hidden, forward(model, ids[:, :-1], positions, attend, None, checkpointing)], 1)
     places = [r * T + t for r, answer in enumerate(answers) for t in range(len(answer))]  # where tokens are
@@ -550,10 +545,6 @@ class LoRALinear(torch.nn.Linear):
         thin = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return super().forward(x) + LORA_SCALE * thin
 
-    def merged(self) -> Tensor:
-        """The weight of the plain projection that computes the same."""
-        return (self.weight + LORA_SCALE * self.lora_B @ self.lora_A).to(self.weight.dtype)
-
 
 def add_lora(model, rank: int, seed: int = 0) -> None:
     """Freeze the model and make the linear modules of its layers LoRALinear. B is 0: nothing changes yet."""
@@ -570,9 +561,11 @@ def add_lora(model, rank: int, seed: int = 0) -> None:
 @torch.no_grad()
 def merged_state(model) -> dict[str, Tensor]:
     """The state dict of a plain model that computes the same; what is new in it, in host memory."""
-    merged = {f"{name}.weight": module.merged().cpu() for name, module in model.named_modules()
-              if isinstance(module, LoRALinear)}
-    return {name: merged.get(name, x) for name, x in model.state_dict().items() if ".lora_" not in name}
+    state = {name: x for name, x in model.state_dict().items() if ".lora_" not in name}
+    for name, m in model.named_modules():
+        if isinstance(m, LoRALinear):
+            state[f"{name}.weight"] = (m.weight + LORA_SCALE * m.lora_B @ m.lora_A).to(m.weight.dtype).cpu()
+    return state
 
 
 def save_adapter(model, folder: Path, base: str) -> None:

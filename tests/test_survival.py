@@ -161,7 +161,8 @@ def test_a_save_is_not_deleted_for_a_later_one_that_cannot_be_read(tmp_path):
     path.write_bytes(path.read_bytes()[:-5])
     again = dataclasses.replace(settings, resume=True, steps=2, save_every=1)
     train(toy_agent(0), one_window(), again, RunFolder(again))
-    assert (tmp_path / "run/latest").resolve().name == "grpo-000002" and (tmp_path / "run/checkpoint").exists()
+    assert (tmp_path / "run/latest").resolve().name == "grpo-000002"
+    assert (tmp_path / "run/checkpoint/model.safetensors").exists()
 
 
 def test_resuming_where_nothing_has_been_saved_starts_from_the_beginning_and_says_so(toy, tmp_path, capsys):
