@@ -244,8 +244,7 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
     kept in best/. `hooks`: `grpo_step`'s reward and loss. SystemExit after three skipped updates in a row.
     """
     if not instances:
-        raise InputError("no training instance is left: check that candidates and judgements share query "
-                         "ids, or loosen --keep-draws and --min-ndcg")
+        raise InputError("no training instance is left: loosen --keep-draws and --min-ndcg")
     reference = None
     if settings.beta or settings.log_kl:  # frozen weights, all but LoRA's, are there once for both
         frozen = {id(p): p for p in agent.model.parameters() if not p.requires_grad}
@@ -769,8 +768,7 @@ class RunFolder:
         os.replace(new, self.path / link)
 
     def load(self, optimizer: MasterAdamW, phase: str) -> dict:
-        """Read the phase's newest save that can be read into the optimizer. Returns what it says of step,
-        best validation and lengths of LOGS; step 0 where there is none."""
+        """Read the phase's newest readable save into the optimizer. Returns its state.json, else step 0."""
         for save in reversed(self.saves(phase)):
             try:
                 state = json.loads((save / "state/state.json").read_text(encoding="utf-8"))
