@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
@@ -166,7 +167,7 @@ def update_policy(agent: Agent, reference, optimizer: MasterAdamW, rollouts: Rol
     """
     prompts, (B, G), device = rollouts.prompts, advantages.shape, agent.model.device
     answers = [c.ids for c in rollouts.completions]
-    sampled = padded([c.logps or [math.nan] * len(c.ids) for c in rollouts.completions], device)  # [B G, T]
+    sampled = padded([c.logps or [0.0] * len(c.ids) for c in rollouts.completions], device)  # [B G, T]
     names, mine = ("temperature", "answer_tokens", "prompt_tokens", "checkpointing"), my_share(B)
     options = {name: getattr(settings, name) for name in names}
     live = [g for g in mine if reference is not None or advantages[g].any()]
@@ -184,7 +185,7 @@ def update_policy(agent: Agent, reference, optimizer: MasterAdamW, rollouts: Rol
         sums += torch.stack([x.detach().sum() for x in (value, kl, batch.entropy, apart, batch.lengths)])
         most = torch.maximum(most, apart.max())
     loss_sum, kl, entropy, apart, tokens, alive = map(sum, zip(*gather([(*sums.tolist(), len(live))])))
-    tokens, finite = tokens or math.nan, math.isfinite(loss_sum)
+    tokens, finite = tokens or math.nan, math.isfinite(loss_sum) and bool(sampled.isfinite().all())
     norm = optimizer.step(lr, settings.grad_clip, skip=not finite) if alive else 0.0
     return {"loss": loss_sum, "kl": math.nan if reference is None else kl / tokens,
             "entropy": entropy / tokens, "logp_diff": apart / tokens,
@@ -253,13 +254,14 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
     state = folder.load(optimizer, "grpo")
     done, best, rows = state["step"], (state["best"], state["best_step"]), folder.rewind(state)
     warned = set().union(*(collapses(rows[:n]) for n in range(len(rows) + 1)))  # each once in a run
-    saved = done or -1  # of step 0 there is no save
+    saved = done or -1  # a run of no steps is saved too
     try:
         steps = range(done + 1, settings.steps + 1)
         for step in tqdm(steps, desc="GRPO", initial=done, total=settings.steps, unit="step"):
             lr = learning_rate(step, settings.steps, settings.lr, settings.warmup, settings.decay)
             batch = batch_of(instances, step, settings)
             row, rollouts = grpo_step(agent, reference, optimizer, batch, lr, settings, step, **hooks)
+            optimizer.moved = True  # so is the folder now, until the step is complete
             if held_out and (step % settings.eval_every == 0 or step == settings.steps):
                 row |= validate(agent, *held_out, settings)
                 best = max(best, (row["eval_ndcg"], step), key=lambda pair: pair[0])  # the first of equals
@@ -279,12 +281,16 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
                 raise SystemExit(f"step {step}: the third update in a row that is not finite; lower --lr, or "
                                  f"look at the rollouts in {folder.path}/skipped.txt")
             if step % settings.save_every == 0 or step == best[1]:
-                saved = step
                 folder.save(agent, optimizer, "grpo", step, *best)
-    finally:
-        # Several ranks cannot agree to save when one of them is stopped, but at the end they all come here.
-        if saved < done and not optimizer.moved and (ranks()[1] == 1 or done == settings.steps):
+                saved = step
+        if saved < done:
             folder.save(agent, optimizer, "grpo", done, *best)
+    except BaseException as error:  # Ctrl-C, say; several ranks cannot agree to save when one of them stops
+        if saved < done and not optimizer.moved and ranks()[1] == 1 and not isinstance(error, OSError):
+            folder.save(agent, optimizer, "grpo", done, *best)
+            print(f"step {done} is saved; go on with --resume", file=sys.stderr)
+        raise
+    finally:
         optimizer.release()
 
 
@@ -294,9 +300,11 @@ def collapses(rows: list[dict[str, float]]) -> set[str]:
     rows = [row for row in rows if not row["skipped"]]
     if len(rows) < 8:
         return set()
-    before, now = ({name: statistics.fmean(row[name] for row in part)
-                    for name in ("reward", "length", "entropy", "identity", "flat_groups")}
-                   for part in (rows[:-3], rows[-3:]))
+    before, now = {}, {}
+    for name in ("reward", "length", "entropy", "identity", "flat_groups"):
+        for means, part in (before, rows[:-3]), (now, rows[-3:]):
+            known = [row[name] for row in part if not math.isnan(row[name])]  # flat groups have no entropy
+            means[name] = statistics.fmean(known) if known else math.nan
     found = {"the reward is lower by 0.15": now["reward"] < before["reward"] - 0.15,
              "a quarter more of the orders is unchanged": now["identity"] > before["identity"] + 0.25,
              "half of the groups more are flat": now["flat_groups"] > before["flat_groups"] + 0.5}
@@ -480,7 +488,7 @@ class MasterAdamW:
     def __init__(self, params: Iterable[torch.nn.Parameter], weight_decay: float = 0.0, offload: bool = False,
                  betas: tuple[float, float] = (0.9, 0.999)):
         self.params = [p for p in params if p.requires_grad]
-        self.masters, self.moved = [], False  # `moved` by `step`: for the caller to set back
+        self.masters, self.moved = [], False  # weights are `moved` by `step`, until the caller has noted it
         for p in self.params:
             place = torch.device("cpu") if offload else p.device
             own = p.dtype == torch.float32 and place == p.device and ranks()[1] == 1
@@ -560,7 +568,8 @@ def on_all_ranks(run: Callable[[Settings], int], settings: Settings) -> int:
     on_cards = pick_device(settings.device).type == "cuda"
     if on_cards:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_cards else "gloo")
+    patience = datetime.timedelta(hours=2)  # while the first rank saves, or another writes longer answers
+    dist.init_process_group("nccl" if on_cards else "gloo", timeout=patience)
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
@@ -636,7 +645,7 @@ COLUMNS = (
 LINE = (
     "step {step:4d}  reward {reward:+.3f}  NDCG@10 {ndcg:.3f} (given {ndcg_init:.3f}, best {ndcg_best:.3f})  "
     "in-group std {reward_std:.2f}  full {permutations:.0%}  flat {flat_groups:.0%}  length {length:.0f}  "
-    "cut {cut:.0%}  kl {kl:.4f}  entropy {entropy:.2f}  {tokens_per_s:.0f} tok/s  {seconds:.1f} s")
+    "cut {cut:.0%}  entropy {entropy:.2f}  {tokens_per_s:.0f} tok/s  {seconds:.1f} s")
 
 
 class RunFolder:
@@ -657,21 +666,36 @@ class RunFolder:
         if self.writes:
             if settings.resume and not earlier:
                 print(f"--resume: nothing has been saved in {self.path} yet: starting from the beginning")
+            self.lock()
             if not earlier and self.holds_run(self.path):
                 aside = next(a for n in itertools.count(1) if not (a := Path(f"{self.path}.{n}")).exists())
                 self.path.rename(aside)
                 print(f"{self.path} held an earlier run, which is now {aside}")
-            self.path.mkdir(parents=True, exist_ok=True)
+                self.lock()
             for link in ("checkpoint", "state", *["adapter"] * bool(settings.lora_rank)):
                 self.point(link, f"latest/{link}")
             with atomic_write(self.path / "config.json") as file:
                 json.dump(dataclasses.asdict(settings) | {"trained_on": trained_on}, file, indent=2)
         gather([])  # no rank looks into the folder before it is ready
 
+    def lock(self) -> None:
+        """Make the folder and claim it. InputError where another process trains in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.claim = open(self.path / ".lock", "w")
+        try:
+            import fcntl
+
+            fcntl.lockf(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends
+        except BlockingIOError:
+            raise InputError(f"{self.path}: another process is training there") from None
+        except (ImportError, OSError):  # Windows; a file system without locks
+            pass
+
     @staticmethod
     def holds_run(path: Path) -> bool:
         """Whether a run has left something in this folder."""
-        return any((path / name).exists() for name in ("log.csv", "saves"))
+        begun = (path / "log.csv").exists() or (path / "saves").exists()
+        return begun and (path / "config.json").exists()
 
     @staticmethod
     def earlier_config(settings: Settings) -> dict:
@@ -679,11 +703,15 @@ class RunFolder:
         path = Path(settings.out)
         if not settings.resume or not any(path.glob("saves/*-[0-9]*")):
             return {}
-        earlier = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        for name in "model seed prompts_per_step group reward prompt sft_steps lora_rank".split():
-            if earlier.get(name) != getattr(settings, name):
+        try:
+            earlier = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--resume: {path}/config.json cannot be read ({error})") from None
+        for name in ("model seed prompts_per_step group reward prompt window draws order keep_draws min_ndcg "
+                     "sft_steps sft_lr lora_rank teacher_graded eval_queries eval_seed").split():
+            if earlier.get(name) != getattr(settings, name, None):  # the last three are the toy's
                 flag = name.replace("_", "-")
-                raise InputError(f"--resume: {path} was begun with --{flag} {earlier.get(name)}")
+                raise InputError(f"--resume: {path} was begun with --{flag} {earlier.get(name)!r}")
         return earlier
 
     def log(self, row: dict[str, float]) -> None:
@@ -696,7 +724,7 @@ class RunFolder:
             if not file.tell():
                 writer.writeheader()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        line = LINE
+        line = LINE if math.isnan(row["kl"]) else LINE + "  kl {kl:.4f}"
         if "eval_ndcg" in row:
             line += "  held out {eval_ndcg:.3f} ({eval_low:.3f} to {eval_high:.3f})"
         if row["skipped"]:
@@ -723,8 +751,12 @@ class RunFolder:
              best_step: int = 0) -> None:
         """Write a save, then let `latest` name it, then delete the phase's saves that are too old.
 
-        `best` is the best validation so far. OSError where it cannot be written: what was saved before stays.
+        `best` is the best validation so far. OSError where it cannot be written, SystemExit where the weights
+        are not finite: what was saved before stays.
         """
+        if not all(p.isfinite().all() for p in agent.model.parameters()):
+            raise SystemExit(f"{phase}, step {step}: weights are not finite, and are not saved; lower the "
+                             "learning rate and go on from the save before with --resume")
         tensors = optimizer.state()
         if not self.writes:
             return
@@ -745,7 +777,8 @@ class RunFolder:
                 file.chmod(0o666 & ~umask)
             part.rename(save)
         except (OSError, SafetensorError) as error:
-            raise OSError(f"{save} cannot be written ({error}); what was saved before is as it was") from None
+            raise OSError(f"{save} cannot be written ({error}); what was saved before is as it was: go on "
+                          "from it with --resume") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
         if best_step:
@@ -758,7 +791,7 @@ class RunFolder:
 
     def saves(self, phase: str) -> list[Path]:
         """The saves of a phase, the newest last."""
-        return sorted(self.path.glob(f"saves/{phase}-[0-9]*"))
+        return sorted(self.path.glob(f"saves/{phase}-" + "[0-9]" * 6))
 
     def point(self, link: str, target: str) -> None:
         """Let a link lead to `target`, in one instant."""
@@ -768,16 +801,31 @@ class RunFolder:
         os.replace(new, self.path / link)
 
     def load(self, optimizer: MasterAdamW, phase: str) -> dict:
-        """Read the phase's newest readable save into the optimizer. Returns its state.json, else step 0."""
-        for save in reversed(self.saves(phase)):
+        """Read the phase's newest readable save into the optimizer. Returns its state.json, else step 0.
+
+        InputError where there are saves but none is readable, or the ranks do not see the same.
+        """
+        state, saves = {"step": 0, "best": -1.0, "best_step": 0}, self.saves(phase)
+        for save in reversed(saves):
             try:
-                state = json.loads((save / "state/state.json").read_text(encoding="utf-8"))
+                found = json.loads((save / "state/state.json").read_text(encoding="utf-8"))
+                found = {name: found[name] for name in state} | found  # KeyError where one is missing
+                for part in save.glob("checkpoint/*.safetensors"):
+                    with safe_open(part, "pt"):  # which sees whether it is whole
+                        pass
                 with safe_open(save / "state/optimizer.safetensors", "pt") as file:
                     optimizer.load_state((name, file.get_tensor(name)) for name in file.keys())
-                return state
-            except (OSError, ValueError, SafetensorError) as error:
-                print(f"--resume: {save} cannot be read ({error}); trying the one before", file=sys.stderr)
-        return {"step": 0, "best": -1.0, "best_step": 0}
+                print(f"--resume: going on from {save}")
+                state = found
+                break
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                print(f"--resume: {save} cannot be read ({error})", file=sys.stderr)
+        else:
+            if saves:
+                raise InputError(f"--resume: none of {self.path}/saves/{phase}-* can be read")
+        if len(set(gather([state["step"]]))) > 1:
+            raise InputError(f"--resume: the ranks do not read the same save in {self.path}")
+        return state
 
     def rewind(self, state: dict) -> list[dict[str, float]]:
         """Bring the folder back to what it was when this state was saved. Returns the rows of its log."""
@@ -863,6 +911,7 @@ def planned(settings: Settings) -> tuple[Settings, str]:
     half = settings.dtype == "bfloat16" or settings.dtype == "auto" and device.type != "cpu"
     if settings.memory:  # of another machine, whose host we do not know
         card, host, half = settings.memory * 2**30, math.inf, settings.dtype != "float32"
+    card, host = map(min, zip(*gather([(card, host)])))  # of all ranks
     P, T = fit_context(config, settings.max_prompt_tokens, settings.max_new_tokens)
     settings = dataclasses.replace(settings, max_prompt_tokens=P, max_new_tokens=T,
                                    gpus=settings.gpus if settings.plan and settings.gpus else ranks()[1])
@@ -885,7 +934,7 @@ def planned(settings: Settings) -> tuple[Settings, str]:
     for name, value in zip(ways, values):
         flag = name.replace("_", "-")
         flags.append(f"--{flag} {value}" if type(value) is int else f"--{flag}" if value else f"--no-{flag}")
-    there = f"{chosen.gpus} cards; on each " * (chosen.gpus > 1) + f"{card / 2**30:.0f} GiB"
+    there = f"{card / 2**30:.0f} GiB" + f" on each of {chosen.gpus} cards" * (chosen.gpus > 1)
     if 0 < host < math.inf:  # 0: a CPU's one memory; infinite: another machine's
         there += f" and {host / 2**30:.0f} in the host"
     save = N * size + 12 * (parameters(config, chosen.lora_rank) if chosen.lora_rank else N)

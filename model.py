@@ -111,14 +111,18 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 class EncodedPrompts:
     """S prompts' keys and values, a tensor [S, K, P, D] a layer, right-padded to P.
 
-    `sizes` counts real tokens. `last_hidden` [S, hidden] is the final hidden state of each prompt's last
-    token, which predicts the first token of an answer.
+    `sizes` counts real tokens; `lengths` [S] is the same as a tensor on the CPU. `last_hidden` [S, hidden] is
+    the final hidden state of each prompt's last token, which predicts the first token of an answer.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     sizes: list[int]
     last_hidden: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor(self.sizes)
 
 
 def encode_prompts(model, prompts: Sequence[Sequence[int]], checkpointing: bool = False) -> EncodedPrompts:
@@ -503,7 +507,7 @@ def answer_logps(model, prompts: EncodedPrompts, owner: Sequence[int], answers: 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
             return SharedAttention.apply(query, key, value, keys[layer], values[layer], shared, scaling)
 
-        starts = torch.tensor([prompts.sizes[p] for p in owner])[:, None]
+        starts = prompts.lengths[list(owner)][:, None]
         positions = (starts + torch.arange(T - 1)).to(device)
         hidden = torch.cat([hidden, forward(model, ids[:, :-1], positions, attend, None, checkpointing)], 1)
     places = [r * T + t for r, answer in enumerate(answers) for t in range(len(answer))]  # where tokens are

@@ -265,7 +265,7 @@ def toy_run(settings: ToySettings) -> int:
     seconds = round(time.time() - started, 1)
     with atomic_write(folder.path / "summary.json") as file:
         json.dump({"seed": settings.seed, "seconds": seconds} | exam.summary(), file, indent=2)
-    out = settings.out
+    out = folder.path
     for kind, scores in exam.scores.items():  # the warm start first: the others are compared with it
         runs = [f"{out}/{kind}.{name}.trec" for name in dict.fromkeys(["warm_start", *scores])]
         arguments = [f"{out}/{kind}.qrels", *runs, "-m", "ndcg_cut.10"]
@@ -280,8 +280,10 @@ def toy_run(settings: ToySettings) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The toy run as the command line says. (`python grpo.py` calls it.)"""
     settings = command_line(ToySettings, argv, grpo.__doc__, "grpo.py")
-    if settings.data != ["auto"] or settings.qrels or settings.eval_data or settings.plan:
-        raise InputError("--data, --qrels, --eval-data and --plan need --model; the toy makes its own data")
+    if settings.data != ["auto"] or any((settings.qrels, settings.eval_data, settings.plan, settings.gpus,
+                                         settings.memory)):
+        raise InputError("--data, --qrels, --eval-data, --plan, --gpus and --memory need --model; the toy "
+                         "makes its own data")
     if settings.window > 20 or settings.dtype == "bfloat16":
         raise InputError("the toy's words end at [20] and its weights are float32: expected --window <= 20")
     return grpo.on_all_ranks(toy_run, settings)

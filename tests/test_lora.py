@@ -218,5 +218,5 @@ def test_the_plan_of_eight_cards_splits_what_the_optimizer_holds(capsys, seven_b
         "masters and moments          10.6     10.6" in out
         and "gradients in float32          0.0     28.4" in out
     )
-    assert "8 cards; on each 79 GiB" in out and "--no-offload" in out
+    assert "79 GiB on each of 8 cards are free" in out and "--no-offload" in out
     assert Settings().gpus == 0  # what torchrun has started

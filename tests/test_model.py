@@ -98,7 +98,7 @@ def test_right_padding_changes_nothing_for_the_shorter_prompt(model):
         alone, padded = encode_prompts(model, [short]), encode_prompts(model, [long, short])
     torch.testing.assert_close(padded.last_hidden[1], alone.last_hidden[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(padded.keys[1][1, :, :8], alone.keys[1][0], atol=1e-5, rtol=0)
-    assert padded.sizes == [50, 8]
+    assert padded.lengths.tolist() == [50, 8]
 
 
 def test_sampling_follows_the_distribution():

@@ -96,7 +96,7 @@ for name, number, changes, wrong in json.loads(sys.argv[2]):
 
 
 def run_ranks(folder: Path, *runs) -> dict[str, list]:
-    """{name: [exit status of each rank, seconds]} of runs: name, number of ranks, settings, what goes wrong."""
+    """{name: [exit status of each rank, seconds]} of runs (name, number of ranks, settings, fault)."""
     script = f"ROOT = {str(ROOT)!r}\n{HARNESS}"
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder), json.dumps(runs)],

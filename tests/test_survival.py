@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import grpo
-from data import write_instances
+from data import InputError, write_instances
 from grpo import RunFolder, collapses, train
 from model import load_agent
 from test_grpo import one_window, quick
@@ -155,14 +155,42 @@ def test_a_save_that_cannot_be_read_is_named_and_the_one_before_it_used(tmp_path
 
 
 def test_a_save_is_not_deleted_for_a_later_one_that_cannot_be_read(tmp_path):
-    settings = quick(tmp_path, steps=3, save_every=3, reward="random", keep=1)
+    settings = quick(tmp_path, steps=6, save_every=3, reward="random")
     train(toy_agent(0), one_window(), settings, RunFolder(settings))
     path = tmp_path / "run/state/optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    again = dataclasses.replace(settings, resume=True, steps=2, save_every=1)
+    again = dataclasses.replace(settings, resume=True, steps=5, save_every=1, keep=1)
     train(toy_agent(0), one_window(), again, RunFolder(again))
-    assert (tmp_path / "run/latest").resolve().name == "grpo-000002"
+    assert (tmp_path / "run/latest").resolve().name == "grpo-000005"
     assert (tmp_path / "run/checkpoint/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("file", ["state/state.json", "checkpoint/model.safetensors"])
+def test_a_save_that_is_damaged_anywhere_is_not_used(toy, tmp_path, capsys, file):
+    settings = quick(tmp_path, steps=2, reward="random")
+    train(toy, one_window(), settings, RunFolder(settings))
+    (tmp_path / "run/saves/grpo-000002" / file).write_text("{}")
+    resumed = dataclasses.replace(settings, resume=True)
+    train(toy, one_window(), resumed, RunFolder(resumed))
+    said = capsys.readouterr()
+    assert "saves/grpo-000002 cannot be read" in said.err and "going on from " in said.out
+    load_agent(str(tmp_path / "run/checkpoint"), "cpu")
+    for n in (1, 2):
+        (tmp_path / f"run/saves/grpo-00000{n}" / file).write_text("{}")
+    log = (tmp_path / "run/log.csv").read_text()
+    with pytest.raises(InputError, match="--resume: none of .*/saves/grpo-. can be read"):
+        train(toy, one_window(), resumed, RunFolder(resumed))
+    assert (tmp_path / "run/log.csv").read_text() == log  # nothing of it is lost
+
+
+def test_another_process_that_trains_in_the_folder_is_not_joined(tmp_path):
+    settings = quick(tmp_path)
+    claimed = RunFolder(settings)
+    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import grpo, toy\n"
+            f"try: grpo.RunFolder(toy.ToySettings(out={settings.out!r}))\n"
+            "except grpo.InputError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{claimed.path}: another process is training there\n"
 
 
 def test_resuming_where_nothing_has_been_saved_starts_from_the_beginning_and_says_so(toy, tmp_path, capsys):
@@ -277,6 +305,17 @@ def test_three_bad_gradients_in_a_row_stop_the_run_also_across_a_resume(toy, tmp
         train(toy, one_window(), again, RunFolder(again), loss=nan_at(1))
 
 
+def test_a_ruined_policy_stops_the_run_and_is_never_saved(toy, tmp_path):
+    """Weights can overflow in an update whose gradient was finite. Then all answers are alike and flat."""
+    settings = quick(tmp_path, reward="random", steps=20, save_every=2)
+    train(toy, one_window(), dataclasses.replace(settings, steps=2), RunFolder(settings))
+    with pytest.raises(SystemExit, match="not finite"):
+        ruined = dataclasses.replace(settings, resume=True, lr=1e38, warmup=0, decay=False)
+        train(toy, one_window(), ruined, RunFolder(ruined))
+    assert len((tmp_path / "run/log.csv").read_text().splitlines()) < 9
+    assert saved_steps(tmp_path / "run") == ["grpo-000002"]
+
+
 def test_a_supervised_step_that_is_not_finite_is_skipped_and_the_third_stops_the_run(toy, monkeypatch):
     answer, honest, bad = ([5, 6], [7, 1]), grpo.microbatches, iter([True, False, True, True, False])
 
@@ -339,6 +378,8 @@ def test_a_collapse_is_named(column, healthy, broken, said):
     assert said in found
     assert not collapses(rows(**{column: [usual] * 4 + [broken] * 3}))  # too early to say
     assert not collapses(rows(**{column: [usual] * 10 + [broken] * 3, "skipped": [0] * 10 + [1] * 3}))
+    flat = {"entropy": [float("nan")] + ([0.2] * 12 if column != "entropy" else [usual] * 9 + [broken] * 3)}
+    assert collapses(rows(**{column: [usual] * 10 + [broken] * 3} | flat)) == {found}
 
 
 def test_a_warning_comes_once_also_across_a_resume(toy, tmp_path, monkeypatch, capsys):
