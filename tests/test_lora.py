@@ -210,6 +210,7 @@ def test_a_7b_fits_a_small_card_with_lora(capsys, seven_b, gib):  # noqa: F811
     out = planned(capsys, seven_b, "--memory", gib, "--lora-rank", "16")
     assert float(out.split("together")[1].split()[0]) < 0.95 * float(gib) and "--no-offload" in out
     assert "gradients in float32          0.0      0.2" in out  # 40 million weights
+    assert "weights                      14.3     14.3" in out  # and they themselves
 
 
 def test_the_plan_of_eight_cards_splits_what_the_optimizer_holds(capsys, seven_b):  # noqa: F811

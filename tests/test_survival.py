@@ -28,7 +28,7 @@ UNREPEATABLE = ("tokens_per_s", "seconds", "peak_mib")
 # Forks a process for each attempt: importing torch twenty times would take minutes.
 # argv: model, data, out.
 HARNESS = r"""
-import filecmp, os, random, shutil, signal, sys, time
+import json, os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, ROOT)
 import torch
@@ -84,8 +84,13 @@ names, code = 0, -9
 while code < 0:
     code = ended(attempt(f"{out}/renamed{names}", names))
     assert code in (0, -9)
+    run = Path(f"{out}/renamed{names}")
+    if len(list(run.glob("saves/*-*"))) > 1:  # one save at least was finished: its links are never away
+        step = json.loads((run / "state/state.json").read_text())["step"]
+        checkpoint = (run / "checkpoint/model.safetensors").resolve(strict=True)
+        assert checkpoint.parents[1].name.endswith(f"-{step:06d}")
     if code:
-        assert ended(attempt(f"{out}/renamed{names}")) == 0
+        assert ended(attempt(str(run))) == 0
     names += 1
 print(run + 1, names)
 """
@@ -96,7 +101,8 @@ def small_run(tmp_path) -> list[str]:
     """A model folder and a file of instances: what `grpo.py --model` needs."""
     agent = toy_agent(0)
     grpo.write_model(agent, tmp_path / "model")
-    write_instances(tmp_path / "data.jsonl", one_window())
+    other = dataclasses.replace(one_window()[0], qid="r", texts=["rain bread", "bee hive honey"], labels=[2, 0])
+    write_instances(tmp_path / "data.jsonl", [*one_window(), other])
     return [str(tmp_path / "model"), str(tmp_path / "data.jsonl")]
 
 
@@ -291,6 +297,15 @@ def test_a_norm_that_is_not_finite_skips_too(toy, tmp_path, bad):
     )
     [row] = csv.DictReader(open(tmp_path / "run/log.csv"))
     assert row["skipped"] == "1" and row["grad_norm"] == "nan" and row["loss"] == "1"
+    assert all(map(torch.equal, before, toy.model.parameters()))
+
+
+def test_a_loss_that_is_not_finite_skips_though_its_gradient_is(toy, tmp_path):
+    settings = quick(tmp_path, reward="random", steps=1)
+    before = [p.detach().clone() for p in toy.model.parameters()]
+    train(toy, one_window(), settings, RunFolder(settings), loss=lambda logps, *_: logps.mean() + float("inf"))
+    [row] = csv.DictReader(open(tmp_path / "run/log.csv"))
+    assert (row["skipped"], row["loss"]) == ("1", "inf") and 0 < float(row["grad_norm"]) < float("inf")
     assert all(map(torch.equal, before, toy.model.parameters()))
 
 
