@@ -84,13 +84,13 @@ names, code = 0, -9
 while code < 0:
     code = ended(attempt(f"{out}/renamed{names}", names))
     assert code in (0, -9)
-    run = Path(f"{out}/renamed{names}")
-    if len(list(run.glob("saves/*-*"))) > 1:  # one save at least was finished: its links are never away
-        step = json.loads((run / "state/state.json").read_text())["step"]
-        checkpoint = (run / "checkpoint/model.safetensors").resolve(strict=True)
+    folder = Path(f"{out}/renamed{names}")
+    if len(list(folder.glob("saves/*-*"))) > 1:  # one save at least was finished: its links are never away
+        step = json.loads((folder / "state/state.json").read_text())["step"]
+        checkpoint = (folder / "checkpoint/model.safetensors").resolve(strict=True)
         assert checkpoint.parents[1].name.endswith(f"-{step:06d}")
     if code:
-        assert ended(attempt(str(run))) == 0
+        assert ended(attempt(str(folder))) == 0
     names += 1
 print(run + 1, names)
 """
