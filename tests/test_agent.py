@@ -4,7 +4,6 @@ import http.server
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from data import Candidates, InputError, read_run, write_candidates
 from model import load_tokenizer
 from rearank import (Reranker, Server, Settings, as_content, build_messages, encode_prompt, fuse,
                      rerank_file)
-from toy import toy_task
+from toy import toy_agent, toy_task
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -392,30 +391,29 @@ sys.exit(rearank.main(sys.argv[1:]))
 """
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
     write_candidates(tmp_path / "c.jsonl", toy_task(8, 9, seed=0)[0])
     options = ["--model", "m", "--prompt", "toy", "--window", "6", "--step", "3", "--max-new-tokens", "12",
-               "--temperature", "1", "--max-rows", "2", "--device", "cpu"]
+               "--temperature", "1", "--max-rows", "2", "--device", "cpu", "--input", str(tmp_path / "c.jsonl")]
+    monkeypatch.setattr(rearank, "load_agent", lambda *_: toy_agent(0))
 
-    def run(name, *more, kill_after=None):
-        files = ["--input", str(tmp_path / "c.jsonl"), "--output", str(tmp_path / name)]
-        process = subprocess.Popen([sys.executable, "-c", SLOW, *options, *files, *more], cwd=ROOT,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        if kill_after is not None:
-            trace = tmp_path / f"{name}.jsonl"
-            while not trace.exists() or trace.read_text().count("\n") < kill_after:
-                assert process.poll() is None
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-        return process.communicate()[1], process.returncode
+    def killed_after(lines, *more):
+        trace, arguments = tmp_path / "killed.jsonl", [*options, "--output", str(tmp_path / "killed"), *more]
+        process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not trace.exists() or trace.read_text().count("\n") < lines:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
 
-    assert run("whole")[1] == 0
-    run("killed", kill_after=5)
-    run("killed", "--resume", kill_after=14)  # and again, later
+    assert rearank.main([*options, "--output", str(tmp_path / "whole")]) == 0
+    killed_after(5)
+    killed_after(14, "--resume")  # and again, later
     with open(tmp_path / "killed.jsonl", "a") as file:
         file.write('{"qid": "tra')  # what a kill leaves of a line
-    assert run("killed", "--resume")[1] == 0
+    assert rearank.main([*options, "--output", str(tmp_path / "killed"), "--resume"]) == 0
     for end in ("", ".jsonl"):
         assert (tmp_path / f"killed{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
-    error, status = run("killed", "--resume", "--seed", "1")
-    assert status == 1 and "was begun with other settings or another input" in error
+    with pytest.raises(InputError, match="was begun with other settings or another input"):
+        rearank.main([*options, "--output", str(tmp_path / "killed"), "--resume", "--seed", "1"])
