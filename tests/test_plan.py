@@ -55,11 +55,9 @@ class FusedRMSNorm(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
 
 
-@pytest.mark.parametrize("shape, checkpointing", [("0.5B", True), ("1.5B", False), ("7B", True),
-                                                  ("7B", False)])
+@pytest.mark.parametrize("shape, checkpointing", [("0.5B", True), ("7B", False)])
 def test_the_plan_of_an_update_is_within_15_percent_of_its_counted_peak(monkeypatch, shape, checkpointing):
     hidden, inner, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
-    layers //= 4  # all alike: to count them all takes half a minute, and says the same
     config = Qwen2Config(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied)
