@@ -871,7 +871,8 @@ def memory_rows(c, N: int, s: Settings, size: int) -> dict[str, tuple[float, flo
 
     Of config `c`, with prompts and answers of the greatest length. Logits' gradient is added up in the head's
     weights, of which there are three for a moment. (A CPU does not fuse rms_norm: it keeps more.) Of several
-    cards each has a slice of masters and moments, which the first gathers to save them.
+    cards each has whole gradients until the step, and a slice of masters and moments, which the first gathers
+    to save them.
     """
     cards, P, T, rank = max(1, s.gpus), s.max_prompt_tokens, s.max_new_tokens, s.lora_rank
     rows = min(s.max_rows, -(-s.prompts_per_step // cards) * s.group)
@@ -942,7 +943,8 @@ def planned(settings: Settings) -> tuple[Settings, str]:
     if not fits:
         raise InputError(f"training needs at least {max(on_card) / 2**30:.0f} GiB on the card and "
                          f"{in_host / 2**30:.0f} in the host, and {there} are free: use a smaller model, "
-                         "--lora-rank 16, --beta 0 (no reference model) or a shorter --max-new-tokens")
+                         f"{'' if settings.lora_rank else '--lora-rank 16, '}--beta 0 (no reference model) or a "
+                         "shorter --max-new-tokens")
     return chosen, "\n".join(lines)
 
 
