@@ -943,7 +943,7 @@ def planned(settings: Settings) -> tuple[Settings, str]:
     if not fits:
         raise InputError(f"training needs at least {max(on_card) / 2**30:.0f} GiB on the card and "
                          f"{in_host / 2**30:.0f} in the host, and {there} are free: use a smaller model, "
-                         f"{'' if settings.lora_rank else '--lora-rank 16, '}--beta 0 (no reference model) or "
+                         f"{'' if settings.lora_rank else '--lora-rank 16, '}--beta 0 (no reference) or "
                          "a shorter --max-new-tokens")
     return chosen, "\n".join(lines)
 
