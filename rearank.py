@@ -42,8 +42,7 @@ from data import (Candidates, InputError, atomic_write, check_run, command_line,
                   run_main, setting, write_run)
 from model import (Agent, Completion, has_native_bfloat16, load_agent, out_of_memory, pick_device,
                    sample)
-from report import sentences
-from reward import parse_ranking
+from reward import parse_ranking, sentences
 
 # ------------------------------------------------------------------------------------------------------------
 # Prompts, the authors' to the letter. The released weights expect exactly these strings, blanks and line ends

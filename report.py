@@ -20,7 +20,7 @@ from pathlib import Path
 
 from data import InputError, atomic_write, command_line, open_bytes, read_qrels, run_main, setting, trec_id
 from eval import evaluate
-from reward import BRACKETS, INTEGER, LIST_PARTS
+from reward import sentences
 
 # What rearank.py writes: a line for each query, then one for each of its windows, as they were answered.
 QUERY = {"qid": str, "query": str, "docids": list, "texts": list, "order": list}
@@ -77,23 +77,6 @@ def replay(docids: list[str], windows: list[dict]) -> tuple[dict[str, list[tuple
             paths[docid].append((number, ranks[docid], rank))
             ranks[docid] = rank
     return paths, sorted(ranks, key=ranks.get)
-
-
-# The number of a list ("2. [4] says ...") is no sentence of its own; none ends before a small letter (e.g.).
-SENTENCE = re.compile(r"(?:\s*\d{1,3}[.)]\s)?.+?(?:[.!?][\"')]*\s+(?![a-z\s])|[。！？]|\n\s*|\Z)", re.DOTALL)
-
-
-def sentences(text: str) -> list[tuple[str, list[int]]]:
-    """The sentences, together `text`, with the passages each names, read as reward.parse_ranking reads prose.
-
-    >>> sentences("[3, 5] fit, e.g. in [13]. In 1984 [3.1] did not")
-    [('[3, 5] fit, e.g. in [13]. ', [3, 5, 13]), ('In 1984 [3.1] did not', [])]
-    """
-    def named(sentence):
-        lists = " ".join(inside for inside in BRACKETS.findall(sentence) if not LIST_PARTS.sub("", inside))
-        return [int(digits) for digits in INTEGER.findall(lists) if len(digits) < 10]
-
-    return [(sentence, named(sentence)) for sentence in SENTENCE.findall(text)]
 
 
 def ndcg_at_10(queries: list[dict], qrels: dict[str, dict[str, int]], field: str) -> dict[str, float]:

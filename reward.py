@@ -35,6 +35,8 @@ INTEGER = re.compile(r"[0-9]+")
 LIST_PARTS = re.compile(r"[0-9\[\](){}><=,;\s]+|(?ai:passage|document|doc|id)")
 BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 WELL_FORMED = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
+# The number of a list ("2. [4] says ...") is no sentence of its own; none ends before a small letter (e.g.).
+SENTENCE = re.compile(r"(?:\s*\d{1,3}[.)]\s)?.+?(?:[.!?][\"')]*\s+(?![a-z\s])|[。！？]|\n\s*|\Z)", re.S)
 FULL_LIST = re.compile(r"\s*\[[0-9]{1,9}\](?:\s*>\s*\[[0-9]{1,9}\])*\s*")
 
 
@@ -92,13 +94,22 @@ def _order(ids: list[int], n: int) -> list[int]:
     return list(dict.fromkeys([i - 1 for i in ids if 0 < i <= n] + list(range(n))))
 
 
-def _named(text: str) -> list[int]:
+def sentences(text: str) -> list[tuple[str, list[int]]]:
+    """The sentences, together `text`, with the passages each names: in prose, those in square brackets.
+
+    >>> sentences("[3, 5] fit, e.g. in [13]. In 1984 [3.1] did not")
+    [('[3, 5] fit, e.g. in [13]. ', [3, 5, 13]), ('In 1984 [3.1] did not', [])]
+    """
+    return [(sentence, _named(sentence, prose=True)) for sentence in SENTENCE.findall(text)]
+
+
+def _named(text: str, prose: bool = False) -> list[int]:
     """Contract 5: the ids in `text` (a list, or brackets in prose), in its order, those out of range too.
 
     >>> _named("3 > Doc 1; [02]"), _named("best of 2: [3, 1], not [3.1] or [-2]")
     ([3, 1, 2], [3, 1])
     """
-    if LIST_PARTS.sub("", text):  # something is left: prose
+    if prose or LIST_PARTS.sub("", text):  # something is left: prose
         text = " ".join(inside for inside in BRACKETS.findall(text) if not LIST_PARTS.sub("", inside))
     # int() of 5,000 digits raises.
     return [int(digits) for digits in INTEGER.findall(text) if len(digits) <= 9]
