@@ -104,7 +104,7 @@ def grpo_step(agent: Agent, reference, optimizer: MasterAdamW, instances: list[I
     """
     started = time.perf_counter()
     rollouts = sample_rollouts(agent, instances, settings, step, reward)
-    rewards = rollout_rewards(rollouts, settings, step)  # [B, G]
+    rollouts.rewards = rewards = rollout_rewards(rollouts, settings, step)  # [B, G]
     advantages = group_advantages(rewards)  # [B, G]
     update = update_policy(agent, reference, optimizer, rollouts, advantages, lr, settings, loss)
     row = {"step": step, **rollout_statistics(rollouts, rewards, advantages), **update, "lr": lr}
@@ -123,6 +123,7 @@ class Rollouts:
     scores: list[Score]
     prompts_cut: float  # share of the prompts that had to be cut to fit
     seconds: float
+    rewards: Tensor | None = None  # [B, G]
 
 
 def sample_rollouts(agent: Agent, instances: list[Instance], settings: Settings, step: int,
@@ -184,13 +185,13 @@ def update_policy(agent: Agent, reference, optimizer: MasterAdamW, rollouts: Rol
         apart = (logps.detach() - sampled[batch.rows, :width]).abs()
         sums += torch.stack([x.detach().sum() for x in (value, kl, batch.entropy, apart, batch.lengths)])
         most = torch.maximum(most, apart.max())
-    loss_sum, kl, entropy, apart, tokens, alive = map(sum, zip(*gather([(*sums.tolist(), len(live))])))
+    *columns, mosts = zip(*gather([(*sums.tolist(), len(live), most.item())]))  # a row from each rank
+    loss_sum, kl, entropy, apart, tokens, alive = map(sum, columns)
     tokens, finite = tokens or math.nan, math.isfinite(loss_sum) and bool(sampled.isfinite().all())
     norm = optimizer.step(lr, settings.grad_clip, skip=not finite) if alive else 0.0
     return {"loss": loss_sum, "kl": math.nan if reference is None else kl / tokens,
-            "entropy": entropy / tokens, "logp_diff": apart / tokens,
-            "logp_diff_max": max(gather([most.item()])), "grad_norm": norm,
-            "skipped": int(not (finite and math.isfinite(norm)))}
+            "entropy": entropy / tokens, "logp_diff": apart / tokens, "logp_diff_max": max(mosts),
+            "grad_norm": norm, "skipped": int(not (finite and math.isfinite(norm)))}
 
 
 @torch.no_grad()
@@ -266,20 +267,14 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
                 row |= validate(agent, *held_out, settings)
                 best = max(best, (row["eval_ndcg"], step), key=lambda pair: pair[0])  # the first of equals
             folder.log(row | (measure(rollouts) if measure else {}))
-            rewards = rollout_rewards(rollouts, settings, step)
             if (step - 1) % settings.samples_every == 0 or step == settings.steps:  # of the first prompt
-                worst, *_, top = sorted(range(settings.group), key=rewards[0].tolist().__getitem__)
-                tqdm.write(folder.write_samples("samples.txt", step, rollouts, rewards, (top, worst)))
+                worst, *_, top = sorted(range(settings.group), key=rollouts.rewards[0].tolist().__getitem__)
+                tqdm.write(folder.write_samples("samples.txt", step, rollouts, (top, worst)))
             if row["skipped"]:
-                folder.write_samples("skipped.txt", step, rollouts, rewards, range(rewards.numel()))
+                folder.write_samples("skipped.txt", step, rollouts, range(len(rollouts.texts)))
             done, optimizer.moved = step, False  # all that a save of this step holds is there
             rows.append(row)
-            for warning in sorted(collapses(rows) - warned):
-                tqdm.write(f"step {step}: WARNING, a collapse? Compared with the earlier steps {warning}.")
-                warned.add(warning)
-            if [r["skipped"] for r in rows[-3:]] == [1, 1, 1]:
-                raise SystemExit(f"step {step}: the third update in a row that is not finite; lower --lr, or "
-                                 f"look at the rollouts in {folder.path}/skipped.txt")
+            watch(rows, warned)
             if step % settings.save_every == 0 or step == best[1]:
                 folder.save(agent, optimizer, "grpo", step, *best)
                 saved = step
@@ -292,6 +287,18 @@ def train(agent: Agent, instances: list[Instance], settings: Settings, folder: R
         raise
     finally:
         optimizer.release()
+
+
+def watch(rows: list[dict[str, float]], warned: set[str]) -> None:
+    """Say what has collapsed by the newest of the log's rows and is not yet in `warned`, which gets it.
+    SystemExit where it is the third in a row whose update was skipped."""
+    step = rows[-1]["step"]
+    for warning in sorted(collapses(rows) - warned):
+        tqdm.write(f"step {step}: WARNING, a collapse? Compared with the earlier steps {warning}.")
+        warned.add(warning)
+    if [row["skipped"] for row in rows[-3:]] == [1, 1, 1]:
+        raise SystemExit(f"step {step}: the third update in a row that is not finite; lower --lr, or look at "
+                         "the rollouts in the run folder's skipped.txt")
 
 
 def collapses(rows: list[dict[str, float]]) -> set[str]:
@@ -618,8 +625,9 @@ def sum_of_slices(x: Tensor) -> Tensor:
     """[...] -> [n], this rank's slice of the sum over ranks."""
     if ranks()[1] == 1:
         return x
-    mine, collective = torch.empty_like(my_slice(x)), getattr(dist, "reduce_scatter_single", None)
-    (collective or dist.reduce_scatter_tensor)(mine, slices(x).flatten())  # torch 2.11's name
+    parts, collective = slices(x), getattr(dist, "reduce_scatter_single", None)
+    mine = torch.empty_like(parts[0])
+    (collective or dist.reduce_scatter_tensor)(mine, parts.flatten())  # torch 2.11's name
     return mine
 
 
@@ -731,16 +739,16 @@ class RunFolder:
             line += "  SKIPPED: loss {loss}, norm {grad_norm}; see skipped.txt"
         tqdm.write(line.format(**row))
 
-    def write_samples(self, name: str, step: int, rollouts: Rollouts, rewards: Tensor,
-                      which: Iterable[int]) -> str:
-        """Append these of a step's rollouts, with rewards [B, G], to the file `name`. Returns what is new."""
+    def write_samples(self, name: str, step: int, rollouts: Rollouts, which: Iterable[int]) -> str:
+        """Append these of a step's rollouts to the file `name`. Returns what is new."""
         new = ""
         for i in which:
-            instance, score = rollouts.instances[i // rewards.shape[1]], rollouts.scores[i]
+            instance, score = rollouts.instances[i // self.settings.group], rollouts.scores[i]
+            reward, tokens = float(rollouts.rewards.flatten()[i]), len(rollouts.completions[i].ids)
             new += (f"--- step {step}, query {instance.qid}: {instance.query}\n"
                     f"    labels of [1], [2], ...: {instance.labels}\n"
-                    f"    reward {float(rewards.flatten()[i]):+.3f}, NDCG@10 {score.ndcg:.3f}, format "
-                    f"{score.format1:.0f} {score.format2:.0f}, {len(rollouts.completions[i].ids)} tokens\n"
+                    f"    reward {reward:+.3f}, NDCG@10 {score.ndcg:.3f}, "
+                    f"format {score.format1:.0f} {score.format2:.0f}, {tokens} tokens\n"
                     f"{rollouts.texts[i]}\n\n")
         if self.writes:
             with open(self.path / name, "a", encoding="utf-8") as file:
@@ -768,8 +776,7 @@ class RunFolder:
         try:
             (part / "state").mkdir(parents=True)
             write_model(agent, part / "checkpoint")
-            if any(".lora_" in name for name, _ in agent.model.named_parameters()):  # not in a warm start
-                save_adapter(agent.model, part / "adapter", self.settings.model)
+            save_adapter(agent.model, part / "adapter", self.settings.model)
             save_file(tensors, part / "state/optimizer.safetensors")
             (part / "state/state.json").write_text(json.dumps(state), encoding="utf-8")
             os.umask(umask := os.umask(0))  # the only way to ask for it
@@ -866,15 +873,17 @@ def write_model(agent: Agent, folder: Path) -> None:
 # The plan of memory
 
 
-def memory_rows(c, N: int, s: Settings, size: int) -> dict[str, tuple[float, float, float]]:
-    """{what: bytes (on a card while sampling, in the update; in the host)}, for N weights of `size` bytes.
+def memory_rows(c, N: int, s: Settings, size: int,
+                lora: int = 0) -> dict[str, tuple[float, float, float]]:
+    """{what: bytes (on a card while sampling, in the update; in the host)}, for N weights of `size` bytes and
+    `lora` ones in float32 beside them, which then alone are trained.
 
     Of config `c`, with prompts and answers of the greatest length. Logits' gradient is added up in the head's
     weights, of which there are three for a moment. (A CPU does not fuse rms_norm: it keeps more.) Of several
     cards each has whole gradients until the step, and a slice of masters and moments, which the first gathers
     to save them.
     """
-    cards, P, T, rank = max(1, s.gpus), s.max_prompt_tokens, s.max_new_tokens, s.lora_rank
+    cards, P, T, trained = max(1, s.gpus), s.max_prompt_tokens, s.max_new_tokens, lora or N
     rows = min(s.max_rows, -(-s.prompts_per_step // cards) * s.group)
     H, K, layers, hidden = c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers, c.hidden_size
     D = getattr(c, "head_dim", None) or hidden // H
@@ -883,14 +892,12 @@ def memory_rows(c, N: int, s: Settings, size: int) -> dict[str, tuple[float, flo
     layer = size * (4 * hidden + 3 * H * D + 2 * K * D + 4 * c.intermediate_size)  # kept for a token
     kept = (prompt_tokens + answer_tokens) * layers * (size * hidden if s.checkpointing else layer)
     again = layer * answer_tokens if s.checkpointing else 0  # one layer's, computed again
-    trained = parameters(c, rank) if rank else N
-    weights, reference = N * size + 4 * trained * bool(rank), 4 * trained if rank else N * size
-    reference *= bool(s.beta or s.log_kl)
-    copies = s.offload or cards > 1 or size < 4 and not rank  # else weights are their own masters
+    weights, reference = N * size + 4 * lora, (4 * lora or N * size) * bool(s.beta or s.log_kl)
+    copies = s.offload or cards > 1 or size < 4 and not lora  # else weights are their own masters
     state, offload = trained * (12 if copies else 8) / cards, bool(s.offload)
     written = (rows * T + -(-rows // s.group) * P) * cache
     scores = (10 if size < 4 else 8) * H * answer_tokens * max(P, T)
-    logits = 10 * min(2**27, answer_tokens * c.vocab_size) + 3 * c.vocab_size * hidden * size * (not rank)
+    logits = 10 * min(2**27, answer_tokens * c.vocab_size) + 3 * c.vocab_size * hidden * size * (not lora)
     return {
         "weights": (weights, weights, 0),
         "reference model": (reference, reference, 0),
@@ -922,9 +929,10 @@ def planned(settings: Settings) -> tuple[Settings, str]:
         if (value := getattr(settings, name)) or value is False:  # 0 is open, False is not
             ways[name] = (value,)
     N, size = parameters(config), 2 if half else 4
+    lora = parameters(config, settings.lora_rank) if settings.lora_rank else 0
     for values in itertools.product(*ways.values()):
         chosen = dataclasses.replace(settings, **dict(zip(ways, values)))
-        table = memory_rows(config, N, chosen, size)
+        table = memory_rows(config, N, chosen, size, lora)
         *on_card, in_host = (sum(column) for column in zip(*table.values()))
         if fits := max(on_card) <= 0.95 * card and in_host <= host:  # the rest is the allocator's
             break
@@ -938,7 +946,7 @@ def planned(settings: Settings) -> tuple[Settings, str]:
     there = f"{card / 2**30:.0f} GiB" + f" on each of {chosen.gpus} cards" * (chosen.gpus > 1)
     if 0 < host < math.inf:  # 0: a CPU's one memory; infinite: another machine's
         there += f" and {host / 2**30:.0f} in the host"
-    save = N * size + 12 * (parameters(config, chosen.lora_rank) if chosen.lora_rank else N)
+    save = N * size + 12 * (lora or N)
     lines.append(f"{there} are free; a save writes {save / 2**30:.1f}. Chosen: {' '.join(flags)}")
     if not fits:
         raise InputError(f"training needs at least {max(on_card) / 2**30:.0f} GiB on the card and "

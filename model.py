@@ -573,9 +573,11 @@ def merged_state(model) -> dict[str, Tensor]:
 
 
 def save_adapter(model, folder: Path, base: str) -> None:
-    """Write A and B to `folder` as peft and vLLM read them, to be put on the model `base`."""
+    """Write A and B, if the model has any, to `folder` as peft and vLLM read them, to be put on `base`."""
     tensors = {f"base_model.model.{name}.weight": p.detach() for name, p in model.named_parameters()
                if ".lora_" in name}
+    if not tensors:
+        return
     rank = next(len(x) for name, x in tensors.items() if "lora_A" in name)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
               "lora_alpha": LORA_SCALE * rank, "target_modules": sorted({n.split(".")[-3] for n in tensors})}
