@@ -569,15 +569,31 @@ class MasterAdamW:
 
 
 def on_all_ranks(run: Callable[[Settings], int], settings: Settings) -> int:
-    """run(settings) on each of the processes that torchrun has started, if any; only the first one prints."""
+    """run(settings) on each of the processes that torchrun has started, if any.
+
+    Only the first one prints results. A fault that all of them meet is printed once, by the first to meet it.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return run(settings)
+    store, rank, number = next(dist.rendezvous("env://"))
+    try:
+        return join_and_run(run, settings, store, rank, number)
+    except InputError as error:
+        if store.add(f"fault: {error}", 1) > 1:
+            raise SystemExit(2) from None
+        raise
+
+
+def join_and_run(run: Callable[[Settings], int], settings: Settings, store: dist.Store, rank: int,
+                 number: int) -> int:
+    """Join the other ranks, then run(settings). InputError where another rank has ended."""
     on_cards = pick_device(settings.device).type == "cuda"
     if on_cards:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     patience = datetime.timedelta(hours=2)  # while the first rank saves, or another writes longer answers
-    dist.init_process_group("nccl" if on_cards else "gloo", timeout=patience)
-    if dist.get_rank():
+    dist.init_process_group("nccl" if on_cards else "gloo", timeout=patience, store=store, rank=rank,
+                            world_size=number)
+    if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     try:
@@ -585,7 +601,7 @@ def on_all_ranks(run: Callable[[Settings], int], settings: Settings) -> int:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's is a plain one
             raise
-        raise InputError(f"rank {dist.get_rank()}: another rank has ended, which stops the run; go on from "
+        raise InputError(f"rank {rank}: another rank has ended, which stops the run; go on from "
                          "the newest save with --resume") from None
     finally:
         dist.destroy_process_group()
@@ -861,12 +877,18 @@ def write_model(agent: Agent, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
     config |= {"rope_theta": rope.get("rope_theta", 10_000.0), "torch_dtype": config.get("dtype")}
+    # A config may have said "tied" beside a head of its own, which other loaders would then drop.
+    config["tie_word_embeddings"] = agent.model.lm_head.weight is agent.model.get_input_embeddings().weight
+    config.pop("auto_map", None)  # names code in the model's folder, which we have neither run nor copied
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     path = folder / "tokenizer_config.json"
-    text = path.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
-    path.write_text(text, encoding="utf-8")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("auto_map", None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -915,11 +937,14 @@ def planned(settings: Settings) -> tuple[Settings, str]:
     by hand stays. InputError where nothing fits.
     """
     device, (config, _) = pick_device(settings.device), load_config(settings.model)
-    card, host = free_memory(device), free_memory(torch.device("cpu")) if device.type != "cpu" else 0.0
+    card, host = free_memory(device), free_memory(torch.device("cpu"))
     half = settings.dtype == "bfloat16" or settings.dtype == "auto" and device.type != "cpu"
     if settings.memory:  # of another machine, whose host we do not know
         card, host, half = settings.memory * 2**30, math.inf, settings.dtype != "float32"
-    card, host = map(min, zip(*gather([(card, host)])))  # of all ranks
+    # A CPU has one memory for all that runs on it; so has a Mac. The ranks on this machine share it.
+    shared = device.type != "cuda" and not settings.memory
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if shared else 1
+    card, host = map(min, zip(*gather([(card, host)])))  # the least of all ranks
     P, T = fit_context(config, settings.max_prompt_tokens, settings.max_new_tokens)
     settings = dataclasses.replace(settings, max_prompt_tokens=P, max_new_tokens=T,
                                    gpus=settings.gpus if settings.plan and settings.gpus else ranks()[1])
@@ -928,13 +953,16 @@ def planned(settings: Settings) -> tuple[Settings, str]:
     for name in ways:
         if (value := getattr(settings, name)) or value is False:  # 0 is open, False is not
             ways[name] = (value,)
+    if shared:
+        ways["offload"] = (False,)  # there is no second memory to move anything to
     N, size = parameters(config), 2 if half else 4
     lora = parameters(config, settings.lora_rank) if settings.lora_rank else 0
     for values in itertools.product(*ways.values()):
         chosen = dataclasses.replace(settings, **dict(zip(ways, values)))
         table = memory_rows(config, N, chosen, size, lora)
         *on_card, in_host = (sum(column) for column in zip(*table.values()))
-        if fits := max(on_card) <= 0.95 * card and in_host <= host:  # the rest is the allocator's
+        needed = local * max(on_card) + in_host * shared  # of the memory that the weights are in
+        if fits := needed <= 0.95 * card and (shared or in_host <= host):  # the rest is the allocator's
             break
     lines = [f"{'GiB':24} sampling   update     host"]
     for name, row in (table | {"together": (*on_card, in_host)}).items():
@@ -943,14 +971,19 @@ def planned(settings: Settings) -> tuple[Settings, str]:
     for name, value in zip(ways, values):
         flag = name.replace("_", "-")
         flags.append(f"--{flag} {value}" if type(value) is int else f"--{flag}" if value else f"--no-{flag}")
-    there = f"{card / 2**30:.0f} GiB" + f" on each of {chosen.gpus} cards" * (chosen.gpus > 1)
-    if 0 < host < math.inf:  # 0: a CPU's one memory; infinite: another machine's
-        there += f" and {host / 2**30:.0f} in the host"
+    GiB = 2**30
+    if shared:
+        there = f"{card / GiB:.1f} GiB of memory"
+        takes = f"{needed / GiB:.1f} GiB of memory" + f" for {local} processes" * (local > 1)
+    else:
+        there = f"{card / GiB:.0f} GiB" + f" on each of {chosen.gpus} cards" * (chosen.gpus > 1)
+        takes = f"{needed / GiB:.0f} GiB on the card and {in_host / GiB:.0f} in the host"
+        if host < math.inf:  # infinite: another machine's
+            there += f" and {host / GiB:.0f} in the host"
     save = N * size + 12 * (lora or N)
-    lines.append(f"{there} are free; a save writes {save / 2**30:.1f}. Chosen: {' '.join(flags)}")
+    lines.append(f"{there} are free; a save writes {save / GiB:.1f}. Chosen: {' '.join(flags)}")
     if not fits:
-        raise InputError(f"training needs at least {max(on_card) / 2**30:.0f} GiB on the card and "
-                         f"{in_host / 2**30:.0f} in the host, and {there} are free: use a smaller model, "
+        raise InputError(f"training needs at least {takes}, and {there} are free: use a smaller model, "
                          f"{'' if settings.lora_rank else '--lora-rank 16, '}--beta 0 (no reference) or "
                          "a shorter --max-new-tokens")
     return chosen, "\n".join(lines)

@@ -12,7 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import toy as toy_task
 from model import Agent
 
-torch.set_num_threads(2)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 
 
 def tiny_model(seed: int = 0, kind: str = "qwen2", **changes) -> torch.nn.Module:

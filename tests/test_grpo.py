@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen2Config
-from conftest import random_prompts, tiny_model
+from conftest import full_logps, random_prompts, relative_error, tiny_model
 
 import grpo
 from data import InputError, Instance, write_candidates, write_instances, write_qrels
@@ -132,6 +133,35 @@ def test_an_update_is_the_same_however_it_is_cut_into_micro_batches(beta):
         assert results[0][name] == wanted == results[1][name]
     assert results[0]["grad_norm"] > 0.01
     assert results[0]["kl"] > 0 if beta else math.isnan(results[0]["kl"])  # no reference: unknown, not 0
+
+
+class Watched(MasterAdamW):
+    """Keeps the gradients that the update asks it to apply."""
+
+    def step(self, *arguments, **options):
+        self.given = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.params]
+        return super().step(*arguments, **options)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_the_gradient_is_that_of_the_loss_over_all_answers_a_flat_group_among_them(beta):
+    """Equations 3 and 4 written out: one forward pass for each answer, a mean over all B x G of them."""
+    (rollouts, rewards), model, reference = three_groups(), tiny_model(), tiny_model(seed=1)
+    optimizer = Watched(model.parameters())
+    settings = ToySettings(beta=beta, answer_tokens=20)
+    update_policy(Agent(model, None, []), reference if beta else None, optimizer, rollouts,
+                  group_advantages(rewards), 0.0, settings)
+    objective = 0.0
+    for i, completion in enumerate(rollouts.completions):
+        group = rewards[i // 3]
+        advantage = (group[i % 3] - group.mean()) / group.std() if group.std() > 1e-6 else 0.0
+        logps = full_logps(model, rollouts.prompts[i // 3], completion.ids)
+        with torch.no_grad():
+            ref = full_logps(reference, rollouts.prompts[i // 3], completion.ids)
+        kl = (ref - logps).exp() - 1 - (ref - logps)
+        objective = objective + (logps.exp() / logps.exp().detach() * advantage - beta * kl).mean() / 9
+    wanted = torch.autograd.grad(-objective, list(model.parameters()))
+    assert relative_error(optimizer.given, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -354,12 +384,32 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_log(toy, tmp_path, monkeypatch):
     load_agent(str(tmp_path / "run/checkpoint"), "cpu")
 
 
-def test_a_run_is_not_resumed_with_settings_that_make_it_another_run(toy, tmp_path):
+GUARDED = {"model": "other", "seed": 1, "prompts_per_step": 2, "group": 4, "reward": "absolute",
+           "prompt": "rearank", "window": 7, "draws": 3, "order": "shuffled", "keep_draws": "all",
+           "min_ndcg": 0.2, "sft_steps": 1, "sft_lr": 1e-9, "lora_rank": 2, "teacher_graded": 0.5,
+           "eval_queries": 9, "eval_seed": 3}
+
+
+@pytest.mark.parametrize("name", list(GUARDED))
+def test_a_run_is_not_resumed_with_a_setting_that_makes_it_another_run(toy, tmp_path, name):
     settings = quick(tmp_path)
     train(toy, one_window(), settings, RunFolder(settings))
-    for changes in ({"seed": 1}, {"group": 4}, {"reward": "absolute"}, {"model": "other"}, {"lora_rank": 2}):
-        with pytest.raises(InputError, match="--resume: .* was begun with --"):
-            RunFolder(dataclasses.replace(settings, resume=True, **changes))
+    with pytest.raises(InputError, match=f"--resume: .* was begun with --{name.replace('_', '-')} "):
+        RunFolder(dataclasses.replace(settings, resume=True, **{name: GUARDED[name]}))
+
+
+def test_the_kl_is_measured_without_a_penalty_where_it_is_asked_for(tmp_path):
+    logs = []
+    for name, changes in {"off": {}, "on": {"log_kl": True}}.items():
+        settings = quick(tmp_path, reward="random", lr=1e-2, warmup=0, out=str(tmp_path / name), **changes)
+        agent = toy_agent(0)
+        train(agent, one_window(), settings, RunFolder(settings))
+        logs.append([float(row["kl"]) for row in csv.DictReader(open(tmp_path / name / "log.csv"))])
+    assert all(map(math.isnan, logs[0]))  # unknown, which is not 0
+    assert abs(logs[1][0]) < 1e-6 < 1e-3 < logs[1][1]  # the first step's policy is the reference
+    weights = [load_file(tmp_path / name / "checkpoint/model.safetensors") for name in ("off", "on")]
+    for name, weight in weights[0].items():  # measuring it changes nothing
+        torch.testing.assert_close(weight, weights[1][name], atol=1e-6, rtol=0)
 
 
 def test_small_numbers_survive_in_the_log(tmp_path):
@@ -426,6 +476,21 @@ def test_the_best_policy_on_held_out_queries_is_kept_and_logged(toy, tmp_path, m
     load_agent(str(tmp_path / "run/best"), "cpu")
     state = json.loads((tmp_path / "run/state/state.json").read_text())
     assert (state["step"], state["best"], state["best_step"]) == (6, 0.7, 4)
+
+
+def test_the_best_policy_survives_a_worse_validation_after_a_resume(toy, tmp_path, monkeypatch):
+    scores = iter([0.7, 0.6, 0.65])
+    monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(grpo.COLUMNS[5:8], next(scores)))
+    held_out = toy_task(2, 3, 0, held_out=True)
+    settings = quick(tmp_path, steps=2, eval_every=2, save_every=1, keep=1, reward="random")
+    train(toy, one_window(), settings, RunFolder(settings), held_out=held_out)
+    best = (tmp_path / "run/best/model.safetensors").read_bytes()
+    resumed = dataclasses.replace(settings, steps=6, resume=True)
+    train(toy, one_window(), resumed, RunFolder(resumed), held_out=held_out)
+    assert (tmp_path / "run/best/model.safetensors").read_bytes() == best
+    assert (tmp_path / "run/checkpoint/model.safetensors").read_bytes() != best
+    state = json.loads((tmp_path / "run/state/state.json").read_text())
+    assert (state["step"], state["best"], state["best_step"]) == (6, 0.7, 2)
 
 
 def test_validation_is_the_ndcg_of_greedy_reranking(toy):

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import Qwen2Config
 
-from toy import toy_agent
+import grpo
+from data import InputError, expand, write_instances
+from toy import toy_agent, toy_task
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -190,3 +193,65 @@ def test_a_rank_that_dies_ends_the_others_with_one_line(ran):
     for rank in (0, 2):
         last = (ran / f"dead.{rank}.log").read_text().strip().splitlines()[-1]
         assert last.startswith(f"grpo.py: rank {rank}: another rank has ended") and "--resume" in last
+
+
+# --- the command, as people type it
+
+TRAIN = ("--prompt toy --group 4 --prompts-per-step 3 --max-new-tokens 8 --lr 1e-3 --steps 3 --reward random "
+         "--device cpu").split()
+
+
+def torchrun(number: int, *arguments: str) -> subprocess.CompletedProcess:
+    """`torchrun --nproc-per-node NUMBER grpo.py ARGUMENTS`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number)]
+    return subprocess.run([*command, str(ROOT / "grpo.py"), *arguments], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def trained_alone(tmp_path_factory) -> Path:
+    """A folder with a model, data, and the run of one process."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    grpo.write_model(toy_agent(0), folder / "model")
+    write_instances(folder / "data.jsonl", expand(*toy_task(6, 20, 3), 2, 6, keep="all"))
+    assert grpo.main(of(folder, "1")) == 0
+    return folder
+
+
+def of(folder: Path, name: str) -> list[str]:
+    return ["--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--out",
+            str(folder / name), *TRAIN]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_torchrun_trains_a_model_on_a_cpu_to_the_weights_of_one_process(trained_alone, number):
+    done = torchrun(number, *of(trained_alone, str(number)))
+    assert done.returncode == 0, done.stderr
+    runs = [load_file(trained_alone / name / "checkpoint/model.safetensors") for name in ("1", str(number))]
+    for name, weight in runs[0].items():
+        assert (weight - runs[1][name]).abs().max() < 5e-5
+    start = load_file(trained_alone / "model/model.safetensors")
+    assert any((weight - start[name]).abs().max() > 1e-3 for name, weight in runs[0].items())
+
+
+def test_a_refusal_is_printed_once_and_speaks_of_memory_on_a_cpu(trained_alone, tmp_path):
+    config = Qwen2Config(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, vocab_size=152064)
+    config.save_pretrained(tmp_path / "70b")
+    done = torchrun(2, "--model", str(tmp_path / "70b"), "--device", "cpu")
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("grpo.py: ")]
+    assert done.returncode and "GiB of memory for 2 processes" in line and "card" not in line
+    assert "Traceback" not in done.stderr.split("grpo.py FAILED")[0].split("torch/distributed")[0]
+
+
+def test_processes_on_a_cpu_share_its_memory(trained_alone, monkeypatch):
+    """What fits twice into a card's memory does not fit twice into the machine's."""
+    settings = grpo.Settings(model=str(trained_alone / "model"), device="cpu", prompt="toy", max_new_tokens=8,
+                             max_rows=32, answer_tokens=64, prompt_tokens=512, max_prompt_tokens=504,
+                             checkpointing=False)
+    table = grpo.memory_rows(toy_agent(0).model.config, 128_256, settings, 4)
+    one = max(sum(row[0] for row in table.values()), sum(row[1] for row in table.values()))
+    monkeypatch.setattr(grpo, "free_memory", lambda device: 1.5 * one / 0.95)
+    grpo.planned(settings)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="memory for 2 processes"):
+        grpo.planned(settings)

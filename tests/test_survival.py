@@ -434,3 +434,25 @@ def test_the_log_says_how_far_the_sampler_is_from_the_trainer(toy, tmp_path, mon
     assert float(row["logp_diff_max"]) == pytest.approx(0.5, abs=0.01)  # the policy moved a little before
     tokens = float(row["length"]) * 8
     assert float(row["logp_diff"]) == pytest.approx(0.5 / tokens, rel=0.1)
+
+
+TERMINATED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import grpo
+honest = grpo.grpo_step
+def step(*arguments, **hooks):
+    if arguments[-1] == 3:  # the job is told to stop in the middle of its third step
+        os.kill(os.getpid(), signal.SIGTERM)
+    return honest(*arguments, **hooks)
+grpo.grpo_step = step
+grpo.run_main(lambda: grpo.main(sys.argv[1:]))
+"""
+
+
+def test_a_job_that_is_told_to_stop_saves_first(small_run, tmp_path):
+    options = ["--model", small_run[0], "--data", small_run[1], "--out", str(tmp_path / "run"), *SMALL]
+    command = [sys.executable, "-c", TERMINATED.format(root=str(ROOT)), *options, "--steps", "9"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 130 and "step 2 is saved; go on with --resume" in done.stderr
+    assert "Traceback" not in done.stderr and saved_steps(tmp_path / "run") == ["grpo-000002"]
