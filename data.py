@@ -95,76 +95,125 @@ def run_main(main: Callable[[], int | None]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is told to stop saves as on Ctrl-C
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # what a console cannot show ends no run
+    status = 0
     try:
-        sys.exit(main() or 0)
+        status = main() or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        status = 1
     except (InputError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # One of several ranks. Python's teardown can abort it while gloo's threads still hold objects
+        # (pytorch pull request 179291), so leave without one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def stream_at(path: str | Path) -> str | Path | int | None:
+    """What to open where `path` is no file that could be replaced: 1 or 2 if it is our own standard output or
+    error, else `path` (a pipe, a device, a folder, links in a circle). None for a file, or nothing yet.
+    """
+    for number in (1, 2):
+        with contextlib.suppress(OSError):  # nothing is there, or the stream is closed
+            if os.path.samefile(path, number):
+                return number
+    circle = os.path.islink(os.path.realpath(path))
+    return path if circle or os.path.exists(path) and not os.path.isfile(path) else None
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
     """Open `path` to write text ("w": UTF-8, "\\n" line ends) or bytes ("wb"); a name in .gz is compressed.
-    It appears whole or not at all: a file beside it is renamed at the end. Missing folders are made.
+
+    It appears whole or not at all: a file beside it is renamed at the end, with the old one's mode. Missing
+    folders are made, symbolic links are followed. Pipes, devices and our own stdout are written to directly.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     text = {} if mode == "wb" else {"encoding": UTF8[0], "errors": UTF8[1], "newline": "\n"}
-    opener = gzip.open if path.suffix == ".gz" else open
+    stream = stream_at(path)
+    if stream is not None:
+        print(end="", flush=True)  # first what was printed before
+        with open(stream, mode, closefd=not isinstance(stream, int), **text) as file:
+            yield file
+        return
+    opener = gzip.open if Path(path).suffix == ".gz" else open
+    path = Path(os.path.realpath(path))
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with opener(part, "wb" if mode == "wb" else "wt", **text) as file:
             yield file
+        with contextlib.suppress(OSError):  # there is no old file, or its disk knows no modes
+            shutil.copymode(path, part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
+NO_TEXT = {  # how files begin that we cannot read
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\3\4": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd",
+    b"PAR1\x15": "Parquet", b"%PDF-": "PDF", b"version https://git-lfs": "a Git LFS pointer, not the data"}
+
+
 @contextlib.contextmanager
 def open_bytes(path: str | Path) -> Iterator:
-    """Open `path` to read bytes, those in a .gz, without a byte order mark. InputError for damaged gzip."""
+    """Open `path` ("-": standard input) to read bytes; gzip is unpacked, a byte order mark left out.
+    InputError: damaged gzip, a beginning that no UTF-8 text has, a UnicodeDecodeError inside the block.
+    """
+    name = "standard input" if path == "-" else path
+    standard = path == "-" and io.BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")  # None: it is closed
     try:
-        with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as file:
-            if file.peek(3).startswith(b"\xef\xbb\xbf"):
+        with io.BufferedReader(standard or io.FileIO(path)) as file:
+            if Path(path).suffix == ".gz" or file.peek(2).startswith(b"\x1f\x8b"):
+                file = gzip.open(file)
+            head = file.peek(32)
+            what = next((what for start, what in NO_TEXT.items() if head.startswith(start)), "")
+            if what or b"\0" in head[:4]:  # UTF-16 may lack its mark
+                raise InputError(f"{name}: looks like {what or 'UTF-16'}; expected text in UTF-8")
+            if head.startswith(b"\xef\xbb\xbf"):
                 file.read(3)
             yield file
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise InputError(f"{path}: not a readable gzip file ({error})") from None
+        raise InputError(f"{name}: not a readable gzip file ({error})") from None
+    except UnicodeDecodeError as error:
+        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+        raise InputError(f"{name}:{line}: expected UTF-8 text, found the byte 0x{byte:02x}") from None
 
 
 def read_text(path: str | Path) -> str:
-    """The whole file as text. InputError names the line that is not UTF-8."""
+    """The text of `path` ("-": standard input). InputError: see open_bytes; it names the line."""
     with open_bytes(path) as file:
-        content = file.read()
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
-        raise InputError(f"{path}:{line}: expected UTF-8 text, found the byte 0x{byte:02x}") from None
+        return file.read().decode("utf-8")
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
     """The objects of a JSON list or a JSONL file, each with its place ("file: record n", "file:line")."""
-    content = read_text(path)
-    is_list = content.lstrip().startswith("[")
-    # Only "\n" ends a line: str.splitlines would also cut at a U+2028 inside a JSON string.
-    for n, text in enumerate([content] if is_list else content.split("\n"), 1):
-        where = str(path) if is_list else f"{path}:{n}"
+    content, decode, end, line = read_text(path), json.JSONDecoder().raw_decode, 0, 1
+    broken = re.search(r"\\u[dD][89a-fA-F]", content)  # half a surrogate pair fits into no file
+    while (start := re.compile(r"[\s\ufeff]*").match(content, end).end()) < len(content):
+        line += content.count("\n", end, start)
         try:
-            values = json.loads(text) if is_list else [json.loads(text)] if text.strip() else []
+            value, end = decode(content, start)
+            if broken:
+                value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: expected JSON ({error})") from None
-        for m, value in enumerate(values, 1):
-            where = f"{path}: record {m}" if is_list else where
-            if not isinstance(value, dict):
-                raise InputError(f"{where}: expected a JSON object, found {value!r:.40}")
-            yield where, value
+            raise InputError(f"{path}:{line}: expected JSON ({error})") from None
+        is_list = isinstance(value, list)
+        if not is_list and "\n" in content[start:end]:
+            raise InputError(f"{path}:{line}: a JSON object over several lines; expected one object per line "
+                             "(JSONL) or one JSON list")
+        for n, record in enumerate(value if is_list else [value], 1):
+            where = f"{path}: record {n}" if is_list else f"{path}:{line}"
+            if not isinstance(record, dict):
+                raise InputError(f"{where}: expected a JSON object, found {record!r:.40}")
+            yield where, record
+        line += content.count("\n", start, end)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -200,10 +249,10 @@ def read_trec(path: str | Path, kind: str, as_text: bool = False) -> dict:
                 if fields and fields[0][0] == hash_sign or kind == "run" and not fields:
                     continue
                 spare = len(fields) - width
-                if spare > 0 and as_text:
-                    fields[2:3 + spare] = [b"_".join(fields[2:3 + spare])]
-                elif spare < 0 or kind == "qrels":
+                if spare < 0 or kind == "qrels" and not as_text or b"\r" in line.strip():  # \r ends no line
                     break
+                if as_text:
+                    fields[2:3 + spare] = [b"_".join(fields[2:3 + spare])]
             qid, docid, text = fields[0], fields[2], fields[place]
             if qid != newest:  # one look-up for each query and not for each line
                 row, newest = table.setdefault(qid, {}), qid
@@ -247,8 +296,8 @@ def write_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None
 
 def check_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None:
     """InputError where write_run could not write this, in whatever order: to be asked before long work."""
-    if Path(path).is_dir():
-        raise InputError(f"{path}: is a folder; expected the name of a run file to write")
+    if stream_at(path) is not None or not os.path.basename(path):
+        raise InputError(f"{path}: is a folder, a pipe or a device; expected the name of a file to write")
     for qid, docids in ranking.items():
         names = [trec_id(docid) for docid in docids]
         bad = [name for name in (qid, tag, *names) if not re.fullmatch(r"[^\s\0]+", name, re.ASCII)]
@@ -271,7 +320,7 @@ def write_qrels(path: str | Path, qrels: dict[str, dict[str, int]]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # First-stage candidates
 
-TEXT_FIELDS = ("contents", "content", "text", "segment", "passage", "body")  # where a passage's text may be
+TEXT_FIELDS = ("contents", "content", "text", "segment", "passage", "body", "doc")  # where a text may be
 
 
 @dataclasses.dataclass
@@ -286,8 +335,10 @@ class Candidates:
 
 
 def _field(record: dict, names: Iterable[str], what: str, where: str) -> str:
-    """The string under the first of `names` in `record`; a whole number is taken as one (ids). InputError."""
-    value = next((record[name] for name in names if name in record), None)
+    """The string under the first of `names` that is not empty in `record`; a whole number is taken as one
+    (ids). InputError."""
+    values = [record[name] for name in names if record.get(name) is not None] or [None]
+    value = next((value for value in values if value != ""), "")
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
@@ -295,25 +346,39 @@ def _field(record: dict, names: Iterable[str], what: str, where: str) -> str:
     return value.encode("utf-8", "replace").decode()  # JSON can smuggle in half a surrogate pair
 
 
-def _candidates(record: dict, where: str) -> Candidates:
-    """The list in one record, of any shape that read_candidates names."""
+def _candidates(record: dict, where: str, counts: Counter) -> Candidates | None:
+    """The list in one record, of any shape that read_candidates names; None if it is empty. `counts` receives
+    the number of records so far, and what there is to tell of them.
+    """
     hits = next((record[name] for name in ("candidates", "hits", "ctxs") if name in record), None)
-    if not isinstance(hits, list) or not all(isinstance(hit, dict) and isinstance(hit.get("doc", {}), dict)
-                                             for hit in hits):
-        raise InputError(f'{where}: expected objects in a list "candidates" (rank_llm), "hits" (RankGPT) or '
-                         '"ctxs" (Rankify)')
+    if not isinstance(hits, list) or not all(isinstance(hit, (dict, str)) for hit in hits):
+        raise InputError(f'{where}: expected one object per query, with objects or strings in a list '
+                         '"candidates" (rank_llm), "hits" (RankGPT) or "ctxs" (Rankify), found the fields '
+                         f"{', '.join(record):.60}")
+    counts["records"] += 1
+    if not hits:
+        counts["without candidates are left out"] += 1
+        return None
+    hits = [{"text": hit} if isinstance(hit, str) else hit for hit in hits]
+    docs = [hit["doc"] if isinstance(hit.get("doc"), dict) else hit for hit in hits]
+    both = [doc | hit for doc, hit in zip(docs, hits)]  # where an id may be
+    numbered = all(fields.get(name) is None for fields in both for name in ("docid", "id"))
+    counts["have candidates without ids: their places, from 1, are taken"] += numbered
+    scored = any(hit.get("score") is not None for hit in hits)
     head = record["query"] if isinstance(record.get("query"), dict) else record
-    qid = _field({**dict(*hits[:1]), **head}, ("qid", "query_id"), "the query's id", where)
+    spare = {"query_id": head.get("id", counts["records"] if numbered else None)}
+    qid = _field(spare | hits[0] | record | head, ("qid", "query_id"), "the query's id", where)
     query = _field(head, ("text", "query", "question"), "the query's text", where)
-    result, scored = Candidates(qid, query, [], [], []), any("score" in hit for hit in hits)
-    for n, hit in enumerate(hits, 1):
-        here, doc = f"{where}, passage {n}", hit.get("doc", hit)
+    result = Candidates(qid, query, [], [], [])
+    for n, (hit, doc, fields) in enumerate(zip(hits, docs, both), 1):
+        here = f"{where}, passage {n}"
         score = hit.get("score") if scored else len(hits) - n  # where none has one: the place in the list
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not -1e300 < score < 1e300:
             raise InputError(f"{here}: expected a finite number as score, found {score!r:.40}")
         text = _field(doc, TEXT_FIELDS, "the passage's text", here)
         title = _field(doc, ("title",), "a title", here) if doc.get("title") else ""
-        result.docids.append(_field(hit, ("docid", "id"), "the passage's id", here))
+        docid = str(n) if numbered else _field(fields, ("docid", "id"), "the passage's id", here)
+        result.docids.append(docid)
         result.texts.append(f"{title} {text}".strip() if title else text)
         result.scores.append(float(score))
     if "" in (qid, *result.docids) or len(set(result.docids)) < len(hits):
@@ -324,21 +389,29 @@ def _candidates(record: dict, where: str) -> Candidates:
 def read_candidates(path: str | Path) -> list[Candidates]:
     """Read first-stage lists in the file's order: that order is the ranking, scores are only carried along.
 
-    One object a line or one JSON list, .gz of each, of one of three shapes; ids become strings, a list may
-    have no scores:
+    One object per line or one JSON list, .gz of each, of one of three shapes:
     rank_llm           {"query": {"text", "qid"}, "candidates": [{"docid", "score", "doc": {"contents"}}]}
     RankGPT, REARANK   {"query", "hits": [{"content", "qid", "docid", "score"}]}
     Rankify            {"question", "query_id", "ctxs": [{"id", "title", "text", "score"}]}
     (The last is what Rankify's own loader reads; we have not opened one of its files.)
+
+    A passage or its `doc` may be a plain string; of TEXT_FIELDS the first that is not empty counts. A list
+    may have no scores. If none of its passages has an id, their places from 1 are the ids, and the record's
+    number that of a query without one. Queries without passages are left out, and counted on stderr.
     """
-    queries: dict[str, Candidates] = {}
+    queries, counts = {}, Counter()
     for where, record in read_records(path):
-        query = _candidates(record, where)
-        if query.qid in queries:
+        query = _candidates(record, where, counts)
+        if query and query.qid in queries:
             raise InputError(f"{where}: query {query.qid} is there twice")
-        queries[query.qid] = query
+        if query:
+            queries[query.qid] = query
     if not queries:
-        raise InputError(f"{path}: expected candidates, found an empty file")
+        found = "only queries without any" if counts["records"] else "an empty file"
+        raise InputError(f"{path}: expected candidates, found {found}")
+    for what, count in counts.items():
+        if what != "records" and count:
+            print(f"{path}: {count} queries {what}", file=sys.stderr)
     return list(queries.values())
 
 
@@ -476,7 +549,7 @@ def training_instances(data: list[str], qrels: Iterable[str] = (),
             labels = read_qrels(judgements)
         elif name == "rearank_12k":
             path = download(name)[0]
-        elif not Path(name).exists():
+        elif not Path(name).is_file():  # a pipe could not be read twice
             raise InputError(f"{name}: expected a file, auto alone, or of rearank_12k, {', '.join(TABLE_1)}")
         if "labels" in next(read_records(path), ("", {}))[1]:
             instances += read_instances(path)
@@ -720,14 +793,16 @@ def download_windows(folder: Path) -> Path:
     try:
         splits = json.loads(get(query.format("splits"), output))["splits"]
         config = next(split["config"] for split in splits if split["split"] == "train")
-    except (json.JSONDecodeError, KeyError, TypeError, StopIteration):
+    except (ValueError, KeyError, TypeError, StopIteration):
         raise InputError(f"{query.format('splits')}: expected JSON with a train split") from None
     with tqdm(desc="rearank_12k", unit=" rows", disable=None) as bar:
         while not instances or len(instances) < bar.total:
             url = f"{query.format('rows')}&config={config}&split=train&offset={len(instances)}&length={PAGE}"
             rows, bar.total = read_page(url, pages / f"{len(instances):06d}.json", len(instances))
             for row in rows:
-                found = _candidates(row, url)
+                found = _candidates(row, url, Counter())
+                if not found:
+                    raise InputError(f"{url}: a query without passages")
                 if found.qid not in qrels:
                     raise InputError(f"{url}: query {found.qid} has no judgements in DL21, DL22 and DL23")
                 labels, ideal = judged_labels(found, qrels[found.qid]), list(qrels[found.qid].values())
@@ -746,6 +821,7 @@ def read_page(url: str, path: Path, offset: int) -> tuple[list[dict], int]:
     try:
         page = json.loads(content)
         rows, total = page["rows"], page["num_rows_total"]
+        found = [row["row"] for row in rows]
         numbers = [row["row_idx"] for row in rows if not row["truncated_cells"]]
         if not rows or numbers != [*range(offset, min(offset + PAGE, total))]:
             raise ValueError("a row is missing or cut")
@@ -754,7 +830,7 @@ def read_page(url: str, path: Path, offset: int) -> tuple[list[dict], int]:
                          "later: the pages that have arrived are kept") from None
     with atomic_write(path, "wb") as file:
         file.write(content)
-    return [row["row"] for row in rows], total
+    return found, total
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -810,12 +886,17 @@ def download_command(settings: Settings) -> int:
 def expand_command(settings: Settings) -> None:
     """Write the instances and print how many are left at every stage."""
     lines = read_text(settings.exclude_queries).split("\n") if settings.exclude_queries else []
+    if lines[:1] and lines[0].lstrip().startswith(("{", "[")):
+        raise InputError(f"{settings.exclude_queries}: expected lines, a query's id first, found JSON")
     names = ("draws", "size", "order", "keep", "min_ndcg", "seed")
     options = {name: getattr(settings, name) for name in names}
+    output, inputs = settings.output or "instances.jsonl", [*settings.candidates, *settings.qrels]
+    if os.path.realpath(output) in map(os.path.realpath, [*inputs, settings.exclude_queries]):
+        raise InputError(f"--output {output}: would overwrite an input; expected another name")
     held_out, counts = {line.split()[0] for line in lines if line.strip()}, Counter()
     instances, _ = training_instances(settings.candidates or ["dl21", "dl22"], settings.qrels, counts=counts,
                                       exclude=held_out, **options)
-    write_instances(output := settings.output or "instances.jsonl", instances)
+    write_instances(output, instances)
     for stage, meaning in STAGES.items():
         print(f"{counts[stage]:7,}  {meaning}")
     print(f"written to {output}")

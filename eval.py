@@ -144,6 +144,21 @@ INTERVAL = ("mean", "low", "high")
 DEFAULT = ("ndcg_cut.10", "map", "recip_rank", "recall.100", "P.10")
 
 
+OTHER_NAMES = {"mrr": "recip_rank", "rr": "recip_rank", "precision": "P", "r": "recall", "hit": "success"}
+
+
+def did_you_mean(name: str) -> str:
+    """The measure that `name` may mean, as a question: "nDCG@10" and "ndcg_cut_10" are ndcg_cut.10. Or ""."""
+    known = {measure.replace("_", "").lower(): measure for measure in MEASURES} | OTHER_NAMES
+    measure = known.get(re.sub("[^a-z]", "", name.lower()).removesuffix("at"), "")
+    cutoffs = re.findall("[0-9]+", name)
+    if cutoffs and f"{measure}_cut" in MEASURES:
+        measure += "_cut"
+    if cutoffs and measure:
+        measure += f".{','.join(cutoffs)}" if MEASURES[measure][1] else ", which has no cutoff"
+    return measure and f": did you mean -m {measure}?"
+
+
 def parse_measures(names: Sequence[str], merge: bool = True) -> dict[str, list[int]]:
     """{measure: its cutoffs, rising} in trec_eval's order, from names like "ndcg_cut.5,10".
     Of several lists for one measure trec_eval uses the first only; `merge` unites them.
@@ -152,11 +167,13 @@ def parse_measures(names: Sequence[str], merge: bool = True) -> dict[str, list[i
     for name in names:
         measure, point, text = name.partition(".")
         if measure not in MEASURES:
-            raise InputError(f"unknown measure {name!r}: expected {' '.join(MEASURES)}")
+            hint = did_you_mean(name) or f": expected {' '.join(MEASURES)}"
+            raise InputError(f"unknown measure {name!r}{hint}")
         is_list = MEASURES[measure][1] and re.fullmatch(r"0*[1-9][0-9]{0,8}(,0*[1-9][0-9]{0,8})*", text)
         cutoffs = [int(cut) for cut in text.split(",")] if is_list else []
         if point and not 0 < len(cutoffs) == len(set(cutoffs)):
-            raise InputError(f"measure {name!r}: expected cutoffs above 0, each once, as in P.5,10; or none")
+            hint = ": expected cutoffs above 0, each once, as in P.5,10; or none"
+            raise InputError(f"measure {name!r}{hint if MEASURES[measure][1] else did_you_mean(name)}")
         lists.setdefault(measure, []).append(cutoffs)
     chosen = {}
     for measure in [measure for measure in MEASURES if measure in lists]:
@@ -243,8 +260,8 @@ class Settings:
     """Evaluate TREC runs as NIST's trec_eval does, and compare several."""
 
     judgements: str = setting("", "lines `qid iter docid label`", positional=True, nargs="?", metavar="QRELS")
-    runs: list[str] = setting(list, "lines `qid Q0 docid rank score tag`; several: compared with the first",
-                              positional=True, nargs="*", metavar="RUN")
+    runs: list[str] = setting(list, "lines `qid Q0 docid rank score tag` (-: standard input); several: "
+                              "compared with the first", positional=True, nargs="*", metavar="RUN")
     measure: list[str] = setting(list, "measure, with cutoffs if you like (P.5,10); may be repeated (default "
                                  f"{' '.join(DEFAULT)})", flags=("-m",), action="append", metavar="NAME")
     queries: bool = setting(False, "a line for each query too; of several runs differences", flags=("-q",))
@@ -287,6 +304,13 @@ def trec_lines(result: dict, queries: bool) -> str:
                    for qid, row in rows for name, value in row.items())
 
 
+def progress(items, name: str):
+    """`items`, with a bar on stderr where that is a terminal."""
+    from tqdm import tqdm  # here: one run needs none, and should start at once
+
+    return tqdm(items, name, leave=False, disable=None)
+
+
 def compare(results: list[dict], judged: list[str], settings: Settings) -> list[dict]:
     """One dict a run: totals, or means with 95 % intervals and the paired difference from the first run.
     Differences are over the queries of both runs; with -c over all of `judged`, the judgements' queries.
@@ -301,7 +325,7 @@ def compare(results: list[dict], judged: list[str], settings: Settings) -> list[
         if settings.complete:
             qids = shared = judged
         rows.append(row := {"run": result["run"], "num_q": len(qids), "measures": {}})
-        for name, total in result["totals"].items():
+        for name, total in progress(result["totals"].items(), result["run"]):
             if name in COUNTS:
                 row["measures"][name] = {"total": int(total)}
                 continue
@@ -374,7 +398,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.reconfigure(encoding=UTF8[0], errors=UTF8[1])
     measures = parse_measures(settings.measure or DEFAULT, merge=False)
     qrels = read_trec(settings.judgements, "qrels")
-    results = [evaluate_file(qrels, path, measures, settings) for path in settings.runs]
+    runs = settings.runs if len(settings.runs) == 1 else progress(settings.runs, "reading")
+    results = [evaluate_file(qrels, path, measures, settings) for path in runs]
     if len(results) == 1 and not settings.json:
         sys.stdout.write(trec_lines(results[0], settings.queries))
         return

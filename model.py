@@ -15,22 +15,26 @@ V vocabulary, H query heads, K key-value heads, n = H / K query heads to a key-v
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+import transformers
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import logging
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
+from transformers.utils import find_adapter_config_file, logging
 
 from data import InputError, hub_answers
 
@@ -682,25 +686,17 @@ def has_native_bfloat16() -> bool:
 
 def load_config(name: str):
     """(a checked configuration, how to load the rest), from a folder or the hub. InputError: see below."""
-    a_path = name.startswith((".", "/", "~")) or Path(name).exists() or name.count("/") != 1
-    if a_path and not (Path(name) / "config.json").is_file():
-        raise InputError(f"--model {name}: no such model folder (one with config.json, as save_pretrained "
-                         "writes it; or pass a hub name like Qwen/Qwen2.5-7B)")
-    source = {"local_files_only": a_path or not hub_answers()}
-    try:
-        config = AutoConfig.from_pretrained(name, **source)
+    config, source = read_config(name)
+    with reading(name, "config.json"):
         check_architecture(config)
-    except InputError as error:
-        raise InputError(f"--model {name}: {error}") from None
-    except (OSError, ValueError) as error:
-        raise cannot_load(name, error) from None
+        parameters(config)  # fails where the sizes do not make a model
     return config, source
 
 
 def load_agent(name: str, device: str = "auto", dtype: str = "auto") -> Agent:
     """Load a model and its tokenizer from a folder or the Hugging Face hub: float32 on a CPU, else bfloat16.
 
-    InputError, in one sentence with what to do, where that fails or a tensor is not as the config says.
+    InputError, in one line with what to do, where that fails or the parts do not belong together.
     """
     place, (config, source) = pick_device(device), load_config(name)
     if dtype == "auto":
@@ -709,35 +705,18 @@ def load_agent(name: str, device: str = "auto", dtype: str = "auto") -> Agent:
     if needed > free:
         raise InputError(f"--model {name}: its weights take {needed / 2**30:.1f} GiB and {place} has "
                          f"{free / 2**30:.1f} GiB free; use a smaller model, or --device cpu")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers' table of tensors that do not fit: ours is one line
-    try:
+    with reading(name, "model.safetensors.index.json"):
+        weights = check_files(Path(name)) if Path(name).is_dir() else "its weights"
+    with reading(name, "tokenizer.json or tokenizer_config.json"):
         tokenizer = load_tokenizer(name, **source)
+        check_tokenizer(tokenizer, config.vocab_size)
+    with reading(name, f"{weights} or generation_config.json"):
         model, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source)
+            name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            **source)
         model = model.to(place).eval()
-    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
-        raise cannot_load(name, error) from None
-    finally:
-        logging.set_verbosity(verbosity)
-    faults = [f"its config asks for {tensor}, which its weights lack" for tensor in found["missing_keys"]]
-    faults += [f"{tensor} is {list(there)} in its weights, {list(wanted)} by its config"
-               for tensor, there, wanted in found["mismatched_keys"]]
-    if not tokenizer.chat_template:
-        faults.append("its tokenizer has no chat template; use the model's instruct variant, or put a "
-                      "chat_template.jinja into its folder")
-    if faults:
-        raise InputError(f"--model {name}: {faults[0]}")
+        check_tensors(model, found)
     return Agent(model, tokenizer, find_stop_ids(model, tokenizer))
-
-
-def cannot_load(name: str, error: BaseException) -> InputError:
-    """In one sentence, why a model cannot be loaded. Memory that has run out is no fault of the model's."""
-    if out_of_memory(error):
-        return InputError(f"--model {name}: too little memory; use a smaller model")
-    reason = str(error).strip().split("\n")[0]
-    return InputError(f"--model {name}: cannot be loaded ({reason}); without a network, pass a folder that "
-                      "holds the model, downloaded elsewhere with `hf download`")
 
 
 def parameters(config, lora_rank: int = 0) -> int:
@@ -763,10 +742,178 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Reading a model's files
+
+# What transformers reads beside config.json. Of the weights and the vocabulary, the first that is there.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+           "pytorch_model.bin.index.json")
+VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja",
+            "special_tokens_map.json", "added_tokens.json")
+
+
+@contextlib.contextmanager
+def reading(name: str, what: str):
+    """Turn whatever fails in the block, while `what` of model `name` is read, into an InputError of one line.
+
+    On other people's files the libraries raise exceptions of every kind, and a panic of tokenizers' Rust is
+    not even an Exception. transformers' own warnings are silenced, such as its table of missing tensors, and
+    its progress bars where nobody watches.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = "".join(c for c in " ".join(str(error).split()) if c.isprintable())
+        if out_of_memory(error):  # no fault of the model's
+            reason = "too little memory; use a smaller model"
+        elif not isinstance(error, InputError):
+            reason = f"{what} cannot be loaded ({type(error).__name__}: {reason[:200]}); "
+            if Path(name).is_dir():
+                reason += (f"it may be damaged, or need newer libraries than transformers "
+                           f"{transformers.__version__} and tokenizers {tokenizers.__version__}")
+            else:
+                reason += "without a network, pass a folder that `hf download` has written elsewhere"
+        raise InputError(f"--model {name}: {reason}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def read_config(name: str):
+    """(configuration, how to load the rest) of a model.
+
+    Never runs code from the folder: transformers would ask for consent, and wait for the answer.
+    """
+    folder = Path(name)
+    a_path = name.startswith((".", "/", "~")) or folder.exists() or name.count("/") != 1
+    local = a_path or not hub_answers()
+    with reading(name, "config.json"):
+        if a_path and not folder.is_dir():
+            raise InputError("no such model folder (one with config.json, as save_pretrained writes it; or "
+                             "pass a hub name like Qwen/Qwen2.5-7B)")
+        if adapter := find_adapter_config_file(name, local_files_only=local):
+            raise holds_adapter(Path(adapter).absolute())
+        if a_path:
+            check_content(present(folder, ["config.json"]))
+        source = {"local_files_only": local, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(name, **source)
+    config._attn_implementation = "eager"  # always installed, and not used: attention is ours
+    return config, source
+
+
+def present(folder: Path, names: Sequence[str]) -> Path:
+    """The first of these files that is in the folder. InputError, with what is there, if none is."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    there = ", ".join(sorted(path.name for path in folder.iterdir() if path.exists())[:8]) or "nothing"
+    inside = folder / "checkpoint"  # of a run of grpo.py
+    advice = f"; pass {inside}" if (inside / "config.json").is_file() else ""
+    raise InputError(f"there is no {names[0]} in this folder, only {there}{advice}")
+
+
+def check_files(folder: Path) -> str:
+    """The name of the file of weights, or of their index. InputError, with a file's name, where one that
+    loading reads is absent, damaged or a stand-in."""
+    weights = present(folder, WEIGHTS)
+    files = [weights, present(folder, VOCABULARY)]
+    files += [path for path in sorted(folder.iterdir()) if path.name in OPTIONAL]
+    if weights.suffix == ".json":
+        files += [folder / shard for shard in sorted(set(read_json(weights)["weight_map"].values()))]
+    for path in files:
+        check_content(path)
+    return weights.name
+
+
+def check_content(path: Path) -> None:
+    """InputError, with the file's name, where the content is not that of such a file or not whole."""
+    fault = ""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(200).strip().lower()
+        if not head:
+            fault = "is empty"
+        elif head.startswith(b"version https://git-lfs"):
+            fault = "is a Git LFS pointer, not the file itself"
+        elif head.startswith((b"<!doctype", b"<html")):
+            fault = "is a web page, not the file itself"
+        elif path.suffix == ".json":
+            read_json(path)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):  # sees whether it is whole
+                pass
+    except (OSError, SafetensorError) as error:
+        fault = f"cannot be read ({error})"
+    if fault:
+        raise InputError(f"{path.name} {fault}; fetch it again (`hf download` or `git lfs pull`)")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. InputError names the file that holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} is not JSON in UTF-8, or not whole ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path.name} holds {json.dumps(content)[:50]}, not a JSON object")
+    return content
+
+
+def holds_adapter(config: Path) -> InputError:
+    """Whose adapter adapter_config.json describes, and what to pass instead: adapters are not read."""
+    base, merged = read_json(config).get("base_model_name_or_path"), config.parent.with_name("checkpoint")
+    advice = "merge it into its base (peft's merge_and_unload) and pass the result"
+    if config.parent.name == "adapter" and (merged / "config.json").is_file():
+        advice = f"pass {merged}, where it is merged"
+    elif config.with_name("config.json").is_file():
+        advice += ", or remove adapter_config.json if the weights beside it have it merged"
+    return InputError(f"adapter_config.json says that this is a LoRA adapter of {base}; {advice}")
+
+
+def check_tokenizer(tokenizer, rows: int) -> None:
+    """InputError unless the tokenizer writes text, and a chat, in ids below `rows`."""
+    if not tokenizer("Is it [1]?")["input_ids"]:
+        raise InputError("its tokenizer has no vocabulary; is tokenizer.json missing?")
+    # Many a padding token was added without an embedding. We do not use it.
+    words = {i: word for word, i in tokenizer.get_vocab().items() if word != tokenizer.pad_token}
+    if (top := max(words)) >= rows:
+        raise InputError(f"its tokenizer has the id {top} for {words[top]!r}, and the model has only {rows} "
+                         "embeddings; they are of two models, or the embeddings were not resized")
+    if not tokenizer.chat_template:
+        raise InputError("its tokenizer has no chat template; use the model's instruct variant, or put a "
+                         "chat_template.jinja into its folder")
+
+
+def check_tensors(model, found: dict) -> None:
+    """InputError that names a tensor which the config or the weights lack, or which is not finite.
+
+    `found` is what transformers tells of the loading. It ignores tensors for which the config has no place;
+    those of the layers and the head are part of the forward pass, so that here they are a fault.
+    """
+    faults = [f"its config asks for {tensor}, which its weights lack" for tensor in found["missing_keys"]]
+    faults += [f"{tensor} is {list(there)} in its weights, {list(wanted)} by its config"
+               for tensor, there, wanted in found["mismatched_keys"]]
+    faults += [f"its weights hold {tensor}, for which its config has no place"
+               for tensor in found["unexpected_keys"] if tensor.startswith(("model.", "lm_head."))]
+    faults += [f"{tensor} holds NaN or infinity; its weights are damaged, or too large for {p.dtype}"
+               for tensor, p in model.named_parameters() if not p.isfinite().all()]
+    if faults:
+        raise InputError(min(faults))
+
+
 def load_tokenizer(name: str, **source):
-    """The tokenizer a checkpoint declares. AutoTokenizer alone would, for a Qwen2 model, put Qwen's own
-    splitting rules in the place of any other tokenizer.json: the toy's checkpoint would read every word as
-    unknown."""
+    """The tokenizer a checkpoint declares, or just its tokenizer.json if it declares no class that we know.
+
+    AutoTokenizer would then put Qwen2's splitting rules in its place, and the toy's words would be unknown.
+    """
     declared = get_tokenizer_config(name, **source).get("tokenizer_class")
-    generic = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    known = tokenizer_class_from_name(declared) if declared else None  # also None for a newer library's class
+    generic = known in (None, PreTrainedTokenizerFast)
     return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name, **source)

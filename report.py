@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -120,7 +121,8 @@ def page(queries: list[dict], qrels: dict[str, dict[str, int]], title: str) -> s
 class Settings:
     """Settings of `python report.py`."""
 
-    trace: str = setting("", "The JSONL that rearank.py wrote (.gz too).", positional=True, metavar="JSONL")
+    trace: str = setting("", "The JSONL that rearank.py wrote (.gz too); - is standard input.",
+                         positional=True, metavar="JSONL")
     qrels: str = setting("", "TREC judgements, for labels and NDCG@10.")
     output: str = setting("", "The page (default: the input's name, .html for .trec.jsonl or .jsonl).")
 
@@ -128,14 +130,15 @@ class Settings:
 def main(argv: list[str] | None = None) -> None:
     """Write the page as the command line says."""
     settings = command_line(Settings, argv, __doc__, "report.py")
-    output = Path(settings.output or re.sub(r"(\.trec)?(\.jsonl)?(\.gz)?$", "", settings.trace) + ".html")
-    if output.resolve() in (Path(settings.trace).resolve(), Path(settings.qrels).resolve()):
+    name = "report" if settings.trace == "-" else settings.trace
+    output = settings.output or re.sub(r"(\.trec)?(\.jsonl)?(\.gz)?$", "", name) + ".html"
+    if os.path.realpath(output) in (os.path.realpath(settings.trace), os.path.realpath(settings.qrels)):
         raise InputError(f"--output {output}: would overwrite the input; expected another name")
     queries, qrels = read_queries(settings.trace), read_qrels(settings.qrels) if settings.qrels else {}
     if qrels and not qrels.keys() & {query["qid"] for query in queries}:
         raise InputError(f"{settings.trace}: no query in common with {settings.qrels}")
     with atomic_write(output) as file:
-        file.write(page(queries, qrels, Path(settings.trace).name))
+        file.write(page(queries, qrels, Path(name).name))
     print(f"{output}: {len(queries)} queries")
 
 

@@ -6,7 +6,10 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -87,9 +90,9 @@ def labels_of(labels, qid="q"):
         "\ufeff" + json.dumps(RANK_LLM),
     ],
 )
-@pytest.mark.parametrize("compressed", [False, True])
-def test_every_shape_reads_as_the_same_candidates_whatever_the_name(tmp_path, content, compressed):
-    path = tmp_path / ("lists.gz" if compressed else "lists")
+@pytest.mark.parametrize("compressed, name", [(False, "lists"), (True, "lists.gz"), (True, "lists")])
+def test_every_shape_reads_as_the_same_candidates_whatever_the_name(tmp_path, content, compressed, name):
+    path = tmp_path / name
     path.write_bytes(gzip.compress(content.encode()) if compressed else content.encode())
     assert read_candidates(path) == [MOAT]
 
@@ -103,6 +106,10 @@ def test_every_shape_reads_as_the_same_candidates_whatever_the_name(tmp_path, co
         ({"segment": "s", "title": None}, "s"),
         ({"body": "b", "url": "u"}, "b"),
         ({"contents": ""}, ""),
+        ({"contents": "", "text": "t"}, "t"),
+        ({"contents": None, "title": "T", "body": "b"}, "T b"),
+        ("a plain string", "a plain string"),
+        ("", ""),
     ],
 )
 def test_the_text_is_found_under_the_field_s_names_and_the_title_goes_first(tmp_path, doc, text):
@@ -110,6 +117,54 @@ def test_the_text_is_found_under_the_field_s_names_and_the_title_goes_first(tmp_
         json.dumps({**RANK_LLM, "candidates": [{"docid": "d", "score": 1.0, "doc": doc}]})
     )
     assert read_candidates(tmp_path / "c")[0].texts == [text]
+
+
+@pytest.mark.parametrize(
+    "hits",
+    [
+        ["A moat is water.", "Bread."],
+        [{"text": "A moat is water."}, {"text": "", "content": "Bread."}],
+        [{"doc": "A moat is water.", "docid": None}, {"doc": {"contents": "Bread."}, "id": None}],
+        [{"doc": "A moat is water.", "score": None}, "Bread."],
+    ],
+)
+@pytest.mark.parametrize("name", ["candidates", "hits", "ctxs"])
+def test_passages_without_ids_get_their_places_and_a_query_without_one_its_number(
+    tmp_path, hits, name, capsys
+):
+    path = tmp_path / "lists.jsonl"
+    path.write_text("".join(json.dumps({"query": query, name: hits}) + "\n" for query in ("moat", "bread")))
+    texts, scores = ["A moat is water.", "Bread."], [1.0, 0.0]
+    assert read_candidates(path) == [
+        Candidates("1", "moat", ["1", "2"], texts, scores),
+        Candidates("2", "bread", ["1", "2"], texts, scores),
+    ]
+    said = capsys.readouterr().err
+    assert said == f"{path}: 2 queries have candidates without ids: their places, from 1, are taken\n"
+    path.write_text(json.dumps({"qid": "own", "query": {"text": "moat"}, name: hits}))
+    assert [(query.qid, query.docids) for query in read_candidates(path)] == [("own", ["1", "2"])]
+
+
+def test_the_passage_s_id_may_be_inside_its_doc_and_the_query_s_under_id(tmp_path):
+    hits = [
+        {"score": 1, "text": "", "doc": {"id": "d1", "text": "c", "score": 7}},
+        {"score": 0, "id": "d2", "docid": None, "doc": "e"},
+        {"score": -1, "id": "d3", "doc": {"id": "not this", "body": "f"}},
+    ]
+    (tmp_path / "c").write_text(json.dumps({"id": 7, "query": "q", "hits": hits}))
+    assert read_candidates(tmp_path / "c") == [
+        Candidates("7", "q", ["d1", "d2", "d3"], ["c", "e", "f"], [1.0, 0.0, -1.0])
+    ]
+
+
+def test_queries_without_candidates_are_left_out_and_counted(tmp_path, capsys):
+    path, empty = tmp_path / "lists", {"query": "zxqv", "hits": []}
+    path.write_text("\n".join(map(json.dumps, [empty, RANK_LLM, {"query": {"qid": 8}, "candidates": []}])))
+    assert read_candidates(path) == [MOAT]
+    assert capsys.readouterr().err == f"{path}: 2 queries without candidates are left out\n"
+    path.write_text(json.dumps([empty, empty]))
+    with pytest.raises(InputError, match="lists: expected candidates, found only queries without any"):
+        read_candidates(path)
 
 
 def test_a_querys_own_id_counts_before_that_of_its_passages(tmp_path):
@@ -140,19 +195,26 @@ def test_a_list_without_scores_is_in_its_own_order(tmp_path):
         ("[]", "empty"),
         ("", "empty"),
         ('{"query": "q"}', '"candidates"'),
-        ('{"query": "q", "hits": []}', "qid"),
+        ('{"query": "q", "hits": []}', "candidates"),
+        ('{"query": "q", "hits": null}', '"hits"'),
+        ('{"queries": [{"query": "q", "hits": ["t"]}]}', "one object per query"),
+        ('{"query": "q", "hits": [{"docid": 1, "text": "t"}]}', "qid"),
         ('{"query": "q", "hits": [3]}', '"hits"'),
-        ('{"query": {"text": "q"}, "candidates": []}', "qid"),
-        ('{"query": {"qid": 1}, "candidates": []}', "the query's text"),
-        ('{"query": {"qid": 1.5, "text": "q"}, "candidates": []}', "qid"),
-        ('{"query": {"qid": true, "text": "q"}, "candidates": []}', "qid"),
-        ('{"query": {"qid": "", "text": "q"}, "candidates": []}', "ids"),
+        ('{"query": {"text": "q"}, "candidates": [{"id": 1, "text": "t"}]}', "qid"),
+        ('{"query": {"qid": 1}, "candidates": [{"id": 1, "text": "t"}]}', "the query's text"),
+        ('{"query": {"qid": 1.5, "text": "q"}, "candidates": [{"id": 1, "text": "t"}]}', "qid"),
+        ('{"query": {"qid": true, "text": "q"}, "candidates": [{"id": 1, "text": "t"}]}', "qid"),
+        ('{"query": {"qid": "", "text": "q"}, "candidates": [{"id": 1, "text": "t"}]}', "ids"),
         (spoiled(docid=None), "passage 2: expected the passage's id"),
         (spoiled(docid=1.0), "passage's id"),
         (spoiled(docid="d1"), "twice"),
         (spoiled(doc={"id": 3}), "passage's text"),
         (spoiled(doc={"text": None}), "passage's text"),
-        (spoiled(doc="x"), "objects"),
+        (spoiled(doc=["x"]), "passage's text"),
+        ('{"qid": 1, "query": "q", "hits": [{"id": 1, "text": "t"}, "u"]}', "passage 2: expected the"),
+        (json.dumps(RANK_LLM, indent=2), "expected one object per line (JSONL) or one JSON list"),
+        (json.dumps(RANK_LLM) + "\n" + json.dumps(HITS, indent=1), ":2: a JSON object over several lines"),
+        (json.dumps(RANK_LLM) + ",\n" + json.dumps(HITS), "expected JSON"),
         (spoiled(doc={"text": "t", "title": [3]}), "a title"),
         (spoiled(docid=""), "ids that are not empty"),
         (spoiled(score=None), "finite number"),
@@ -176,6 +238,12 @@ def test_malformed_candidates_are_one_line_that_names_the_file(tmp_path, line, e
     )
 
 
+def test_jsonl_files_with_marks_may_stand_one_after_the_other(tmp_path):
+    other = {**RANK_LLM, "query": {"text": "x", "qid": 8}}
+    (tmp_path / "both").write_text(f"\ufeff{json.dumps(RANK_LLM)}\n\ufeff{json.dumps(other)}\n\n\ufeff")
+    assert [query.qid for query in read_candidates(tmp_path / "both")] == ["7", "8"]
+
+
 def test_errors_name_the_line_of_jsonl_and_the_record_of_json(tmp_path):
     path, other = tmp_path / "lists", {**RANK_LLM, "query": {"text": "x", "qid": 8}}
     path.write_text(json.dumps(other) + "\n\n" + spoiled(score=None))
@@ -187,6 +255,32 @@ def test_errors_name_the_line_of_jsonl_and_the_record_of_json(tmp_path):
     path.write_bytes(b"{}\n\n\xff")
     with pytest.raises(InputError, match=r"lists:3: expected UTF-8 text, found the byte 0xff"):
         read_candidates(path)
+
+
+FOREIGN = {
+    "UTF-16": [
+        json.dumps(RANK_LLM).encode("utf-16"),
+        json.dumps(RANK_LLM).encode("utf-16-be"),
+        json.dumps([RANK_LLM]).encode("utf-16-le"),
+        b"\xfe\xff" + "\n[]".encode("utf-16-be"),
+        gzip.compress("{}".encode("utf-16")),
+        b"\xff\xfe" + "流行".encode("utf-16-le"),
+        b"\xfe\xff" + "流行".encode("utf-16-be"),
+    ],
+    "a zip archive": [b"PK\3\4\x14\0\0\0"],
+    "Parquet": [b"PAR1\x15\4\x15"],
+    "zstd": [b"\x28\xb5\x2f\xfd\4"],
+    "PDF": [b"%PDF-1.7\n%\xb5\xed"],
+    "a Git LFS pointer": [b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\nsize 9\n"],
+}
+
+
+@pytest.mark.parametrize("what, content", [(what, one) for what in FOREIGN for one in FOREIGN[what]])
+def test_what_is_no_text_in_utf8_is_named(tmp_path, what, content):
+    (tmp_path / "lists").write_bytes(content)
+    for read in (read_candidates, data.read_instances, read_qrels, data.read_run, data.read_text):
+        with pytest.raises(InputError, match=f"lists: looks like {what}.*; expected text in UTF-8$"):
+            read(tmp_path / "lists")
 
 
 def test_a_damaged_gzip_file_is_one_line(tmp_path):
@@ -204,7 +298,7 @@ lists = st.builds(
     ),
     texts.filter(bool),
     texts,
-    st.dictionaries(texts.filter(bool), st.tuples(texts, st.floats(-1e9, 1e9)), max_size=4),
+    st.dictionaries(texts.filter(bool), st.tuples(texts, st.floats(-1e9, 1e9)), min_size=1, max_size=4),
 )
 
 
@@ -234,6 +328,86 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, name)
     with pytest.raises(KeyboardInterrupt):
         write_candidates(tmp_path / name, interrupted())
     assert [path.name for path in tmp_path.iterdir()] == [name] and read_candidates(tmp_path / name) == [MOAT]
+
+
+# -- what is written, and where
+
+
+def write_text(path, text):
+    with data.atomic_write(path) as file:
+        file.write(text)
+
+
+def test_a_link_stays_and_the_file_that_it_leads_to_is_written_whole(tmp_path):
+    store, here = tmp_path / "store", tmp_path / "here"
+    store.mkdir()
+    here.mkdir()
+    (store / "old").write_text("old")
+    (here / "relative").symlink_to("../store/old")
+    (here / "chain.gz").symlink_to(here / "relative")
+    (here / "dangling").symlink_to(tmp_path / "not yet" / "new")
+    for name, target in (("relative", store / "old"), ("dangling", tmp_path / "not yet" / "new")):
+        with pytest.raises(KeyboardInterrupt), data.atomic_write(here / name) as file:
+            file.write("half")
+            assert [path.parent for path in tmp_path.rglob("*.part")] == [target.parent]
+            raise KeyboardInterrupt
+        assert not target.exists() or target.read_text() == "old"
+        write_text(here / name, "new")
+        assert (here / name).is_symlink() and target.read_text() == "new" and not target.is_symlink()
+    write_text(here / "chain.gz", "packed")  # what is packed is decided by the name that was given
+    assert gzip.decompress((store / "old").read_bytes()) == b"packed" and (here / "chain.gz").is_symlink()
+    assert not [*tmp_path.rglob("*.part")] and len([*tmp_path.rglob("*")]) == 8
+
+
+def test_a_file_keeps_its_mode(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "file").chmod(0o640)
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640 and (tmp_path / "file").read_text() == "new"
+
+
+def test_what_can_hold_no_file_is_one_line_and_stays_as_it_is(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "to folder").symlink_to(tmp_path / "folder")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "file").write_text("old")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("folder", "to folder", "a", "file/below"):
+        with pytest.raises(OSError):
+            write_text(tmp_path / name, "new")
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "a").is_symlink()
+    assert (tmp_path / "to folder").is_symlink() and (tmp_path / "file").read_text() == "old"
+
+
+def test_a_pipe_is_written_to_directly(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # waits for no writer
+    for name in ("pipe", "link"):
+        write_text(tmp_path / name, "straight\n")
+        assert os.read(reader, 99) == b"straight\n"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("name", ["/dev/fd/1", "log"])  # no slip of ours can replace what is in /dev/fd
+def test_our_own_output_is_written_to_in_its_order_even_where_it_is_a_file(tmp_path, name):
+    code = """if True:
+        import sys, data
+        print("before")
+        with data.atomic_write(sys.argv[1]) as file:
+            file.write("within\\n")
+        print("after")"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parent), "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-c", code, name]
+    with open(tmp_path / "log", "w") as log:
+        subprocess.run(command, cwd=tmp_path, env=environment, stdout=log, check=True)
+    assert (tmp_path / "log").read_text() == "before\nwithin\nafter\n"
+    if name == "/dev/fd/1":
+        piped = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+        assert piped.stdout == b"before\nwithin\nafter\n" and not piped.stderr
 
 
 @needs_shared
@@ -388,6 +562,14 @@ def test_instances_survive_the_round_trip_and_bad_ones_are_named(tmp_path):
             data.read_instances(tmp_path / "bad.jsonl")
 
 
+def test_half_a_surrogate_pair_in_an_instance_stops_no_writer(tmp_path):
+    good = dataclasses.asdict(expand([make_list()], labels_of([0, 1, 2] * 10), draws=1, keep="all")[0])
+    (tmp_path / "i").write_text(json.dumps(good | {"query": "\ud83d emoji \U0001f41d"}))
+    [instance], _ = training_instances([str(tmp_path / "i")])
+    data.write_instances(tmp_path / "again", [instance])
+    assert instance.query == "? emoji \U0001f41d" and data.read_instances(tmp_path / "again") == [instance]
+
+
 @needs_shared
 def test_dl21_gives_the_counts_of_the_authors_procedure():
     lists = read_candidates(SHARED / "dl21_train_dev" / "retrieve_results_dl21_top100.jsonl.gz")
@@ -418,6 +600,19 @@ def test_the_command_prints_every_stage_and_holds_queries_out(tmp_path, capsys):
     data.main(command)
     both = data.read_instances(tmp_path / "out")
     assert both == expand([make_list("a"), make_list("b")], data.read_qrels(tmp_path / "q"), draws=10)
+
+
+def test_held_out_queries_in_a_file_of_another_kind_are_refused_and_no_input_is_overwritten(tmp_path):
+    write_candidates(tmp_path / "c", [make_list("a")])
+    data.write_qrels(tmp_path / "q", labels_of([0, 1] * 15, "a"))
+    command = ["expand", "--candidates", str(tmp_path / "c"), "--qrels", str(tmp_path / "q")]
+    with pytest.raises(InputError, match="c: expected lines, a query's id first, found JSON"):
+        data.main([*command, "--exclude-queries", str(tmp_path / "c")])
+    before = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    for name in ("c", "q"):
+        with pytest.raises(InputError, match=f"--output .*{name}: would overwrite an input"):
+            data.main([*command, "--output", str(tmp_path / name)])
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before
 
 
 # -- training data
@@ -520,6 +715,9 @@ def test_training_data_that_cannot_be_meant_is_refused(tmp_path, monkeypatch):
     (tmp_path / "empty").write_text("")
     with pytest.raises(InputError, match="empty: expected instances, or --qrels"):
         training_instances([str(tmp_path / "empty")])
+    for name in (str(tmp_path), "/dev/null", "-"):  # a pipe could be read only once
+        with pytest.raises(InputError, match="expected a file, auto alone"):
+            training_instances([name])
 
 
 # -- BRIGHT

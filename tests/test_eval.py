@@ -3,8 +3,10 @@
 import gzip
 import itertools
 import json
+import os
 import random
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +285,48 @@ def test_measures_are_named_as_trec_eval_takes_them(capsys):
 
 
 @pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("nDCG@10", "ndcg_cut.10"),
+        ("NDCG_CUT.10", "ndcg_cut.10"),
+        ("ndcg_cut_10", "ndcg_cut.10"),
+        ("ndcg.10", "ndcg_cut.10"),
+        ("ndcg@5,10", "ndcg_cut.5,10"),
+        ("nDCG", "ndcg"),
+        ("P@5", "P.5"),
+        ("p_5", "P.5"),
+        ("Precision@5", "P.5"),
+        ("recall@100", "recall.100"),
+        ("recall_at_100", "recall.100"),
+        ("R@100", "recall.100"),
+        ("MAP", "map"),
+        ("MAP@100", "map_cut.100"),
+        ("map.5", "map_cut.5"),
+        ("Success@1", "success.1"),
+        ("hit@1", "success.1"),
+        ("MRR", "recip_rank"),
+        ("MRR@10", "recip_rank, which has no cutoff"),
+        ("recip_rank.10", "recip_rank, which has no cutoff"),
+        ("num_rel_ret_10", "num_rel_ret, which has no cutoff"),
+    ],
+)
+def test_a_measure_s_other_names_are_answered_with_the_right_one(name, meant):
+    with pytest.raises(InputError) as error:
+        parse_measures([name])
+    assert str(error.value).endswith(f"measure {name!r}: did you mean -m {meant}?")
+    parse_measures([meant.split(",")[0]])  # and that one is taken
+
+
+def test_every_name_that_is_printed_is_answered_with_the_one_that_is_taken():
+    for measure, (_, cutoffs) in trec.MEASURES.items():
+        if cutoffs:
+            with pytest.raises(InputError, match=rf"did you mean -m {measure}\.7\?"):
+                parse_measures([f"{measure}_7"])
+    with pytest.raises(InputError, match="unknown measure 'ERR@20': expected num_q num_ret .* success$"):
+        parse_measures(["ERR@20"])
+
+
+@pytest.mark.parametrize(
     "qrels, run, options, said",
     [
         ("1 0 a 1\n", "1 Q0 a 1 1 t\n1 Q0 a 2 0 t\n", [], b"run:2: "),  # a document twice
@@ -293,6 +337,8 @@ def test_measures_are_named_as_trec_eval_takes_them(capsys):
         ("1 0 a 1\n", "1 Q0 a 1 1 t\n", ["-m", "nDCG"], b"unknown measure"),
         ("1 0 a 1\n", "1 Q0 a 1 1 t\n", ["-l", "-1"], b"expected at least 0"),
         ("1 0 a 1\n", None, [], b"No such file"),
+        ("1 0 a 1\n", "\0001\0 \0Q\0000\0 \0a", [], b"run: looks like UTF-16; expected text in UTF-8"),
+        ("1 0 a 1\n", "1 Q0 a 1 1 t\n", ["-m", "ndcg_cut_10"], b"did you mean -m ndcg_cut.10?"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2_and_nothing_on_stdout(tmp_path, qrels, run, options, said):
@@ -300,6 +346,14 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_on_stdout(tmp_path, qrel
     result = command(judged, found if run else tmp_path / "absent", *options)
     assert result.returncode == 2 and not result.stdout
     assert said in result.stderr and result.stderr.count(b"\n") == 1
+
+
+def test_a_run_may_come_from_standard_input(tmp_path):
+    judged, found = files(tmp_path, "1 0 a 1\n", "1 Q0 a 1 1 t\n")
+    run = gzip.compress(b"\xef\xbb\xbf" + found.read_bytes())
+    code = [sys.executable, str(ROOT / "eval.py"), str(judged)]
+    piped = subprocess.run([*code, "-"], input=run, capture_output=True, check=False)
+    assert not piped.stderr and piped.stdout == command(judged, found).stdout != b""
 
 
 def test_ids_that_are_not_utf8_pass_through(tmp_path):
@@ -457,6 +511,23 @@ def test_several_runs_are_compared_with_the_first(tmp_path, capsysbinary):
         and complete["measures"]["recip_rank"]["difference"]["num_q"] == 6
     )
     assert complete["measures"]["recip_rank"]["difference"]["mean"] == pytest.approx(2 / 6)
+
+
+def test_several_runs_show_on_a_terminal_that_they_are_at_work_and_stdout_stays_the_same(tmp_path):
+    paths = [str(path) for path in three_runs(tmp_path)]
+    pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 200, 0, 0))
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), *paths, "-m", "map"], stdout=subprocess.PIPE, stderr=theirs
+    )
+    os.write(theirs, b"end")  # so that there is something to read
+    said = os.read(ours, 9999)
+    os.close(theirs)
+    os.close(ours)
+    plain = command(*paths, "-m", "map")
+    assert shown.stdout == plain.stdout and plain.stdout.count(b"\n") == 6 and not plain.stderr
+    assert b"reading:" in said and all(path.encode() in said for path in paths[1:])
 
 
 def test_the_table_has_a_row_for_each_run_and_differences_for_each_query(tmp_path, capsysbinary):

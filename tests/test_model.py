@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as model_module
 from data import InputError
 from grpo import grpo_loss
-from model import (Agent, Cohort, SharedAttention, attend_part, check_architecture, chunks,
+from model import (Agent, Cohort, Completion, SharedAttention, attend_part, check_architecture, chunks,
                    encode_prompts, load_agent, microbatches, pick_device, pick_tokens, project_logps,
                    read_tokens, sample)
 from rearank import encode_prompt
@@ -47,6 +47,36 @@ def test_cached_sampling_draws_the_tokens_of_a_full_forward_sampler(model, tempe
             assert answers[p][g].finished == (wanted[-1] in stop)
     if temperature:
         assert {len(c.ids) for row in answers for c in row} > {length}  # some ended early, some were cut
+
+
+@pytest.mark.parametrize("lengths", [(13, 40, 27, 9), (13, 13)])  # prompts of one length are padded too
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
+def test_in_bfloat16_tokens_and_their_log_probabilities_are_those_of_a_full_forward(lengths, temperature):
+    """Roundings differ, so each token is compared given our tokens before it, at a width of some roundings.
+
+    The places that bfloat16 adds to prompts and answers must stay out of sight, also after rows have left.
+    """
+    model, group, length = tiny_model().to(torch.bfloat16), 6, 25
+    prompts = random_prompts(*lengths)
+    answers = sum(sample(model, prompts, group, length, temperature, [3, 5, 7, 11], seed=5), [])
+    uniforms = torch.rand(len(answers), length, generator=torch.Generator().manual_seed(5))
+    assert len({len(answer.ids) for answer in answers}) > 1  # rows left before others
+    for row, answer in enumerate(answers):
+        prompt, ids = prompts[row // group], torch.tensor(answer.ids)[:, None]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer.ids])).logits[0, len(prompt) - 1:-1].float()
+        if not temperature:
+            assert (logits.amax(-1) - logits.gather(1, ids)[:, 0]).max() < 0.05
+            continue
+        probs = (logits / temperature).softmax(-1)
+        upper = probs.cumsum(-1).gather(1, ids)[:, 0]  # the uniform numbers that draw this token end here
+        lower, drawn = upper - probs.gather(1, ids)[:, 0], uniforms[row, :len(ids)]
+        assert (lower - drawn).max() < 0.03 and (drawn - upper).max() < 0.03
+    if temperature:
+        logps = collected(model, prompts, [answer.ids for answer in answers], temperature=temperature)
+        wrong = [abs(logp - ours) for ours, answer in zip(logps.tolist(), answers)
+                 for logp, ours in zip(answer.logps, ours)]
+        assert max(wrong) < 0.1 and sum(wrong) / len(wrong) < 0.01
 
 
 @pytest.mark.parametrize("max_rows", [1, 4, 6, 8, 12, 1000])
@@ -108,6 +138,13 @@ def test_sampling_follows_the_distribution():
         torch.testing.assert_close(drawn, (logits[0] / temperature).softmax(0), atol=0.02, rtol=0)
     # No impossible token, at the very edge.
     assert pick_tokens(logits[:1], 1.0, torch.tensor([0.9999999]))[0].item() < 3
+
+
+def test_bfloat16_logits_are_drawn_from_in_float32():
+    """Else sums over a vocabulary of some size are off by several tokens."""
+    logits = torch.randn(50, 3000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    drawn, wanted = (pick_tokens(x, 0.7, torch.linspace(0, 0.99, 50)) for x in (logits, logits.float()))
+    assert torch.equal(drawn[0], wanted[0]) and torch.equal(drawn[1], wanted[1])
 
 
 def test_progress_counts_every_answer_once(model):
@@ -387,9 +424,11 @@ def test_the_check_of_the_architecture_draws_no_random_numbers_of_ours(model):
 
 
 def test_position_embeddings_that_change_with_the_length_are_refused():
-    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    with pytest.raises(InputError, match="dynamic position embeddings"):
-        Agent(tiny_model(rope_parameters=dynamic), None, [])
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 256}
+    for kind, more in (("dynamic", {}), ("longrope", factors)):
+        rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4} | more
+        with pytest.raises(InputError, match=f"{kind} position embeddings"):
+            Agent(tiny_model(rope_parameters=rope), None, [])
 
 
 def test_a_model_with_sliding_attention_is_refused():
@@ -400,9 +439,27 @@ def test_a_model_with_sliding_attention_is_refused():
 # --- loading
 
 
+def test_decode_drops_the_end_token_of_a_finished_answer_and_no_other(toy):
+    ids = toy.tokenizer("rain bread")["input_ids"]
+    assert toy.decode(Completion([*ids, 1], True)) == "rain bread"
+    assert toy.decode(Completion(ids, False)) == "rain bread"  # cut off: its last token is text
+    assert toy.decode(Completion([*ids, 5], True)) == "rain bread"  # whichever id ended it
+
+
+
 def test_every_end_of_turn_token_ends_an_answer(toy):
-    toy.model.generation_config.eos_token_id = [0]
-    assert model_module.find_stop_ids(toy.model, toy.tokenizer) == [0, 1]  # the config's and the tokenizer's
+    toy.model.generation_config.eos_token_id, toy.model.config.eos_token_id = 5, [6, 7]
+    toy.tokenizer.add_tokens(["<|eot_id|>"])  # a turn's end, as is <|end|>, which is 1
+    toy.tokenizer.eos_token = "<think>"  # 3
+    assert model_module.find_stop_ids(toy.model, toy.tokenizer) == [1, 3, 5, 6, 7, 68]
+
+
+def test_a_supervised_answer_ends_as_a_turn_does(toy):
+    """With <|im_end|> where there is one: a base model's own end token stands at the end of a document."""
+    agent = Agent(toy.model, toy.tokenizer, [0, 1])
+    assert agent.end_id == 1  # the tokenizer's
+    toy.tokenizer.add_tokens(["<|im_end|>"])
+    assert agent.end_id == 68
 
 
 def test_a_folder_written_by_save_pretrained_loads_and_answers_alike(toy, tmp_path):

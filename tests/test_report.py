@@ -2,7 +2,9 @@
 
 import doctest
 import gzip
+import io
 import json
+import os
 import random
 import re
 import shutil
@@ -220,6 +222,7 @@ LINES = [json.dumps(row) for row in overlapping()]
     ([LINES[0], LINES[1].replace('["e", "c", "d"]', '["e", "c", "c"]')], 2),
     ([LINES[0], json.dumps(a_window("q1", [], []))], 2),
     ([LINES[0], LINES[1].replace('"tokens": 7', '"tokens": NaN')], 2),
+    (json.dumps(overlapping()[0], indent=1).split("\n"), 1),
 ])
 def test_bad_input_names_the_file_the_line_and_what_was_expected(tmp_path, lines, line):
     path = written(tmp_path / "t.jsonl", lines, end="" if lines == [""] else "\n")
@@ -270,6 +273,42 @@ def test_no_input_is_overwritten_and_judgements_of_other_queries_are_refused(tmp
         report.main([str(path), "--output", str(path)])
     with pytest.raises(InputError, match="no query in common with"):
         report.main([str(path), "--qrels", str(tmp_path / "qrels")])
+
+
+def test_the_page_is_written_through_links_and_straight_into_pipes(tmp_path, capsys):
+    path = written(tmp_path / "t.jsonl", LINES)
+    (tmp_path / "t.html").symlink_to(tmp_path / "store" / "page.html")
+    report.main([str(path)])
+    assert (tmp_path / "t.html").is_symlink()
+    assert len(data_in((tmp_path / "store" / "page.html").read_text())["queries"]) == 2
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(InputError, match="would overwrite"):  # also where it would through a link
+        (tmp_path / "link").symlink_to(path)
+        report.main([str(path), "--output", str(tmp_path / "link")])
+    report.main([str(path), "--output", str(tmp_path / "pipe")])
+    assert os.read(reader, 2**16).startswith(b"<!DOCTYPE html>") and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
+def test_the_trace_may_come_from_standard_input(tmp_path, monkeypatch, capsys):
+    lines = ("\ufeff" + "\n".join(LINES) + "\n").encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), "ascii"))
+    monkeypatch.chdir(tmp_path)
+    report.main(["-"])
+    assert data_in((tmp_path / "report.html").read_text())["title"] == "report"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_links_in_a_circle_are_one_line_and_status_2(tmp_path):
+    path = written(tmp_path / "t.jsonl", LINES)
+    (tmp_path / "t.html").symlink_to("t.html")
+    (tmp_path / "in").symlink_to("in")
+    for arguments in ([path], [tmp_path / "in"]):
+        command = [sys.executable, str(ROOT / "report.py"), *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, check=False)
+        assert result.returncode == 2 and not result.stdout and result.stderr.count(b"\n") == 1
+    assert (tmp_path / "t.html").is_symlink() and len([*tmp_path.iterdir()]) == 3
 
 
 def test_nothing_heavy_is_imported():

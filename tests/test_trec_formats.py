@@ -1,6 +1,7 @@
 """TREC qrels and runs (data.py): read as trec_eval reads them, written so that no reader can misread them."""
 
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,8 @@ def test_qrels_have_integer_labels_below_zero_too(tmp_path):
         ("run", "1 Q0 a 1 1_000 t\n", 1),  # a number to Python only
         ("run", "1 Q0 a 1 2.0 t\n1 Q0 b 2 1.0 t\n1 Q0 a 3 0.5 t\n", 3),  # a document twice
         ("run", "1 Q0 a\0b 1 2.0 t\n", 1),
+        ("run", "1 Q0 a 1 2.0 t\r2 Q0 b 1 2.0 t\r", 1),  # all in one line, for us as for trec_eval
+        ("qrels", "1 0 a 1\r1 0 b 1\r", 1),
         ("run", "", 1),
         ("run", "# only a comment\n", 1),
         ("qrels", "1 0 a 1\n1 0 b\n", 2),
@@ -131,6 +134,12 @@ def test_bad_lines_are_named(tmp_path, kind, text, line):
     with pytest.raises(InputError) as error:
         read_trec(path, kind)
     assert str(error.value).startswith(f"{path}:{line}: expected") and "\n" not in str(error.value)
+
+
+def test_lines_that_end_in_a_carriage_return_alone_are_no_docid_with_spaces(tmp_path):
+    for read, text in ((read_run, "1 Q0 a 1 2.0 t\r2 Q0 b 1 1.0 t\r"), (read_qrels, "1 0 a 1\r1 0 b 1\r")):
+        with pytest.raises(InputError, match="mac:1: expected"):
+            read(write(tmp_path / "mac", text))
 
 
 def test_a_damaged_gzip_file_is_bad_input(tmp_path):
@@ -203,7 +212,21 @@ def test_the_check_before_long_work_refuses_what_the_writer_would(tmp_path):
         check_run(tmp_path, {"1": ["a"]}, "t")
     with pytest.raises(InputError, match="query 1 has two documents 'a_b'"):
         check_run(tmp_path / "run", {"0": ["c"], "1": ["c", "a b", "a_b"]}, "t")
-    check_run(tmp_path / "run", {"1": ["a", "b"], "2": ["a"]}, "t")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to pipe").symlink_to("pipe")
+    (tmp_path / "circle").symlink_to("circle")
+    for name in ("pipe", "to pipe", "circle", "new folder/"):
+        with pytest.raises(InputError, match=f"{name}: is a folder, a pipe or a device; expected the name"):
+            check_run(f"{tmp_path}/{name}", {"1": ["a"]}, "t")
+    (tmp_path / "dangling").symlink_to("not yet")
+    for name in ("run", "dangling"):
+        check_run(tmp_path / name, {"1": ["a", "b"], "2": ["a"]}, "t")
+
+
+def test_a_run_is_written_through_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "store" / "run")
+    write_run(tmp_path / "link", {"1": ["a"]}, "t")
+    assert (tmp_path / "link").is_symlink() and read_run(tmp_path / "store" / "run") == {"1": {"a": 0.0}}
 
 
 def test_written_judgements_come_back(tmp_path):

@@ -1,0 +1,288 @@
+"""Model folders from outside: a fault is one line that names its cause. What we write, others can load."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import model as model_module
+from data import InputError
+from grpo import write_model
+from model import add_lora, load_agent, reading, save_adapter
+
+ROOT = Path(__file__).parent.parent
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4000000000\n"
+
+
+@pytest.fixture
+def saved(toy, tmp_path):
+    """The toy's checkpoint as a folder."""
+    toy.model.save_pretrained(tmp_path / "m")
+    toy.tokenizer.save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def change(path, **entries) -> None:
+    """Write these entries into a JSON file, which is made if it is not there."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | entries))
+
+
+def change_tensors(folder, tensors: dict) -> None:
+    """Add or replace these tensors in model.safetensors."""
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | tensors, path, {"format": "pt"})
+
+
+@pytest.fixture
+def refusal(capfd):
+    """What load_agent says of a folder instead of loading it: one line, and nothing beside it."""
+
+    def load(folder) -> str:
+        capfd.readouterr()
+        with pytest.raises(InputError) as refused:
+            load_agent(str(folder), "cpu")
+        message = str(refused.value)
+        assert message.startswith(f"--model {folder}: ") and message.isprintable()
+        assert capfd.readouterr() == ("", "")
+        return message.removeprefix(f"--model {folder}: ")
+
+    return load
+
+
+# --- files
+
+
+@pytest.mark.parametrize("file, content, cause", [
+    ("model.safetensors", LFS, "Git LFS pointer.*git lfs pull"),
+    ("tokenizer.json", LFS, "Git LFS pointer.*git lfs pull"),
+    ("config.json", LFS, "Git LFS pointer.*git lfs pull"),
+    ("model.safetensors", b"\n<!DOCTYPE html><html><title>503</title></html>", "web page"),
+    ("tokenizer.json", b"<html>404</html>", "web page"),
+    ("model.safetensors", b"", "empty"),
+    ("tokenizer_config.json", b"", "empty"),
+    ("chat_template.jinja", b"", "empty"),
+    ("model.safetensors", b"Repository not found", "cannot be read.*header"),
+    ("config.json", b'{"model_type": "qwen2", "hid', "not JSON.*not whole"),
+    ("config.json", '{"model_type": "qwen2"}'.encode("utf-16"), "not JSON in UTF-8"),
+    ("config.json", b"[" * 100_000, "not JSON"),  # deeper than Python goes
+    ("config.json", b"[1, 2]", r"holds \[1, 2\], not a JSON object"),
+    ("tokenizer.json", b"\xff\x80" * 20, "not JSON in UTF-8"),
+    ("tokenizer_config.json", b"null", "holds null"),
+    ("generation_config.json", b"[]", "not a JSON object"),
+    ("added_tokens.json", b'"x"', "not a JSON object")])
+def test_a_file_with_a_content_of_another_kind_is_named(saved, refusal, file, content, cause):
+    (saved / file).write_bytes(content)
+    assert re.match(rf"{re.escape(file)} .*{cause}", refusal(saved))
+
+
+@pytest.mark.parametrize("file, entries, cause", [
+    ("tokenizer.json", {"pre_tokenizer": {"type": "OfALaterLibrary"}}, "PreTokenizer"),
+    ("tokenizer.json", {"model": {"type": "OfALaterLibrary", "vocab": {}}}, "Model"),
+    ("tokenizer_config.json", {"eos_token": {"content": "x", "new": 1}}, "eos_token"),
+    ("tokenizer_config.json", {"tokenizer_class": 5}, "TypeError"),
+    ("config.json", {"model_type": "of_a_later_library"}, "of_a_later_library"),
+    ("config.json", {"model_type": ["qwen2"]}, "TypeError"),
+    ("config.json", {"hidden_size": "64"}, "hidden_size.*str"),
+    ("config.json", {"num_attention_heads": 0}, "ZeroDivisionError"),
+    ("config.json", {"hidden_act": "of_a_later_library"}, "of_a_later_library"),
+    ("config.json", {"dtype": "float12"}, "float12"),
+    ("config.json", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor"),
+    ("generation_config.json", {"cache_implementation": "of_a_later_library"}, "of_a_later_library")])
+def test_what_a_library_cannot_read_is_named_with_the_versions_that_may_be_too_old(saved, refusal, file,
+                                                                                  entries, cause):
+    change(saved / file, **entries)
+    newer = r"newer libraries than transformers [\d.]+ and tokenizers [\d.]+"
+    assert re.search(rf"{re.escape(file)}.* cannot be loaded \(.*{cause}.*{newer}", refusal(saved))
+
+
+def test_a_panic_in_the_tokenizers_library_is_one_line_too(saved):
+    """It is no Exception of Python's. (The library itself has written to standard error by then.)"""
+    change(saved / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    with pytest.raises(InputError, match="tokenizer.json.*cannot be loaded"):
+        load_agent(str(saved), "cpu")
+
+
+def test_only_faults_become_input_errors():
+    for stop in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(stop), reading("m", "config.json"):
+            raise stop
+
+
+def test_a_file_that_is_absent_is_named_with_those_that_are_there(saved, refusal):
+    for file in ("model.safetensors", "tokenizer.json", "config.json"):
+        (saved / file).rename(saved / "aside")
+        assert re.match(rf"there is no {file} in this folder, only aside, .*\.json", refusal(saved))
+        (saved / file).symlink_to("/nowhere")  # as in a cache of which a part was deleted
+        assert file not in refusal(saved).partition("only ")[2].split(", ")
+        (saved / "aside").rename(saved / file)
+    inside = saved.parent / "run" / "checkpoint"
+    inside.mkdir(parents=True)
+    (inside / "config.json").touch()
+    assert refusal(inside.parent).endswith(f"only checkpoint; pass {inside}")
+
+
+def test_a_shard_that_is_absent_or_a_pointer_is_named(saved, refusal):
+    names = load_file(saved / "model.safetensors")
+    change(saved / "model.safetensors.index.json", metadata={},
+           weight_map=dict.fromkeys(names, "model-00001-of-00001.safetensors"))
+    load_agent(str(saved), "cpu")  # with model.safetensors the index is not read
+    (saved / "model.safetensors").rename(saved / "aside")
+    assert refusal(saved).startswith("model-00001-of-00001.safetensors cannot be read")
+    (saved / "model-00001-of-00001.safetensors").write_bytes(LFS)
+    assert refusal(saved).startswith("model-00001-of-00001.safetensors is a Git LFS pointer")
+    (saved / "aside").rename(saved / "model-00001-of-00001.safetensors")
+    load_agent(str(saved), "cpu")
+    (saved / "model.safetensors.index.json").write_text("{}")
+    assert refusal(saved).startswith("model.safetensors.index.json ")
+
+
+class RunsCode:
+    """In a pickle: creates a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_no_code_of_a_folder_is_run_and_nobody_is_asked(saved, refusal, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    ran = saved / "ran"
+    (saved / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    change(saved / "config.json", auto_map=code)
+    change(saved / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Tokenizer", None]})
+    agent = load_agent(str(saved), "cpu")  # a known type of model: transformers' own code
+    write_model(agent, saved.parent / "written")
+    for file in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((saved.parent / "written" / file).read_text())
+    change(saved / "config.json", model_type="of_the_folders_own")
+    assert refusal(saved).startswith("config.json cannot be loaded (ValueError: ")
+    change(saved / "config.json", model_type="qwen2")
+    torch.save({"x": RunsCode(ran)}, saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    assert refusal(saved).startswith("pytorch_model.bin ")
+    assert not ran.exists()
+
+
+def test_a_config_that_asks_for_an_attention_that_is_not_installed_loads(saved):
+    change(saved / "config.json", _attn_implementation="flash_attention_2")
+    load_agent(str(saved), "cpu")
+
+
+def test_a_fault_of_the_model_ends_the_command_with_status_2_and_one_line(saved, tmp_path):
+    tensors = load_file(saved / "model.safetensors")
+    del tensors["model.norm.weight"]  # which transformers would report with a table, after its progress bar
+    save_file(tensors, saved / "model.safetensors", {"format": "pt"})
+    candidates, output = tmp_path / "c.jsonl", tmp_path / "run.trec"
+    candidates.write_text('{"query": "a", "hits": [{"qid": "1", "docid": "1", "content": "b"}]}\n')
+    command = [sys.executable, "rearank.py", "--model", saved, "--input", candidates, "--output", output]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1 and "model.norm.weight" in ran.stderr
+    assert not list(tmp_path.glob("run*"))
+
+
+# --- adapters
+
+
+def test_an_adapter_is_named_with_its_base_and_what_to_pass_instead(saved, tmp_path, refusal):
+    model = tiny_model()
+    add_lora(model, 2)
+    (tmp_path / "run").mkdir()
+    save_adapter(model, tmp_path / "run/adapter", "Qwen/Qwen2.5-7B")
+    adapter = tmp_path / "run/adapter"
+    said = "adapter_config.json says that this is a LoRA adapter of Qwen/Qwen2.5-7B; "
+    assert refusal(adapter) == said + "merge it into its base (peft's merge_and_unload) and pass the result"
+    saved.rename(tmp_path / "run/checkpoint")  # as in a run of ours
+    assert refusal(adapter) == said + f"pass {tmp_path}/run/checkpoint, where it is merged"
+
+
+def test_an_adapter_beside_weights_is_not_passed_over(saved, refusal):
+    change(saved / "adapter_config.json", peft_type="LORA", base_model_name_or_path="base")
+    assert re.match("adapter_config.json .*adapter of base; merge it .*or remove", refusal(saved))
+
+
+# --- weights
+
+
+def test_weights_that_are_not_finite_are_named(saved, refusal):
+    for name, value in (("model.norm.weight", torch.inf), ("model.layers.1.mlp.up_proj.weight", torch.nan)):
+        tensor = load_file(saved / "model.safetensors")[name]
+        spoilt = tensor.clone()
+        spoilt.view(-1)[7] = value
+        change_tensors(saved, {name: spoilt})
+        assert refusal(saved).startswith(f"{name} holds NaN or infinity")
+        change_tensors(saved, {name: tensor})
+    load_agent(str(saved), "cpu")
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.o_proj.bias", "model.layers.3.mlp.up_proj.weight",
+                                  "model.layers.0.self_attn.q_proj.lora_A.weight", "lm_head.bias"])
+def test_weights_that_the_config_has_no_place_for_are_named(saved, refusal, name):
+    """transformers leaves them out, and computes what another model would."""
+    change_tensors(saved, {name: torch.ones(64)})
+    assert refusal(saved).startswith(f"its weights hold {name}")
+
+
+def test_weights_outside_the_language_model_are_left_out(saved):
+    change_tensors(saved, {"v_head.weight": torch.ones(1, 64), "model.rotary_emb.inv_freq": torch.ones(8)})
+    load_agent(str(saved), "cpu")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("own_head", [False, True])
+def test_a_written_checkpoint_says_whether_the_head_is_tied(saved, toy, tmp_path, own_head, lora):
+    """Some configs say "tied" beside a head of its own, and other loaders then take the embeddings for it."""
+    if own_head:
+        change_tensors(saved, {"lm_head.weight": torch.randn_like(toy.model.lm_head.weight)})
+    agent, ids = load_agent(str(saved), "cpu"), torch.tensor([[5, 6, 7]])
+    assert agent.model.config.tie_word_embeddings  # as it came
+    if lora:
+        add_lora(agent.model, 2)
+    write_model(agent, tmp_path / "written")
+    config = json.loads((tmp_path / "written/config.json").read_text())
+    tensors = load_file(tmp_path / "written/model.safetensors")
+    assert config["tie_word_embeddings"] == (not own_head) == ("lm_head.weight" not in tensors)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "written")
+    if config["tie_word_embeddings"]:  # what loaders do that go by the config alone
+        theirs.lm_head.weight = theirs.model.embed_tokens.weight
+    torch.testing.assert_close(theirs(ids).logits, agent.model(ids).logits)
+
+
+# --- tokenizers
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(saved, toy, refusal):
+    toy.tokenizer.add_tokens(["<|im_start|>"])
+    toy.tokenizer.save_pretrained(saved)
+    assert refusal(saved).startswith("its tokenizer has the id 68 for '<|im_start|>'")
+    change(saved / "tokenizer_config.json", pad_token="<|im_start|>")
+    load_agent(str(saved), "cpu")  # we do not write padding
+
+
+@pytest.mark.parametrize("declared", [None, "OfALaterLibrary", "TokenizersBackend"])
+def test_the_tokenizer_is_the_folders_own_whatever_class_it_declares(saved, toy, declared):
+    """Else transformers puts Qwen's splitting rules in its place, and every word is unknown."""
+    change(saved / "tokenizer_config.json", tokenizer_class=declared)
+    if declared is None:
+        (saved / "tokenizer_config.json").unlink()
+    tokenizer, text = load_agent(str(saved), "cpu").tokenizer, "rain bread [3] > <answer>"
+    assert tokenizer(text)["input_ids"] == toy.tokenizer(text)["input_ids"]
+
+
+def test_a_folder_without_a_vocabulary_is_refused(saved, monkeypatch):
+    """transformers makes an empty tokenizer where there is none."""
+    monkeypatch.setattr(model_module, "check_files", lambda folder: "")  # as for a name on the hub
+    change(saved / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    (saved / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="its tokenizer has no vocabulary"):
+        load_agent(str(saved), "cpu")
