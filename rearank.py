@@ -351,8 +351,8 @@ def tagged_text(message: dict, finished: bool) -> str | None:
     """The text of a server's message, with the reasoning in think tags. None if it holds no text.
 
     Some servers put the reasoning into a field or into parts of its own. They look for </think>, and if there
-    is none they take the whole answer for reasoning. The answer then begins at its first tag; without tags it
-    is the last "[2] > [1]".
+    is none they take the whole answer for reasoning. The answer then begins at its tag; without tags it is
+    the last "[2] > [1]".
     """
     parts = [*text_parts(message.get("content"))]
     text = "".join(part for is_reasoning, part in parts if not is_reasoning)
@@ -362,10 +362,9 @@ def tagged_text(message: dict, finished: bool) -> str | None:
     if not thought.strip() or "<think>" in text:
         return text if parts else None
     if not text.strip():
-        starts = [thought.find(tag) for tag in ("</think>", "<answer>") if tag in thought]
-        if finished and not starts:
-            starts = [match.start() for match in CHAIN.finditer(thought)][-1:]
-        start = min(starts, default=len(thought))
+        chains = [match.start() for match in CHAIN.finditer(thought)] if finished else []
+        starts = [thought.find("</think>"), thought.find("<answer>"), *chains[-1:], len(thought)]
+        start = next(start for start in starts if start >= 0)
         thought, text = thought[:start], thought[start:].removeprefix("</think>")
     thought = thought.lstrip().removeprefix("<think>")
     return f"<think>{thought}</think>{text}" if text or finished else f"<think>{thought}"

@@ -343,6 +343,7 @@ def test_a_server_is_the_policy(server, monkeypatch, capsys):
     ("a </think> <answer> [2] > [1] </answer>", "stop", "ok", [1, 0], "a"),
     ("<answer> [2] > [1] </answer>", "stop", "ok", [1, 0], ""),
     ("a <answer> [2] > [1] </answer>", "stop", "ok", [1, 0], "a"),
+    ("In <answer> tags. </think> <answer> [2] > [1] </answer>", "stop", "ok", [1, 0], "In <answer> tags."),
     ("The <answer> has [1] > [2] or not. <answer> [2] > [1] </answer>", "stop", "ok", [1, 0], "The"),
     ("[1] is wax, so [1] > [2]? No. [2] > [1]", "stop", "untagged", [1, 0], "[1] is wax, so [1] > [2]? No."),
     ("2 > 1", "stop", "untagged", [1, 0], ""),
@@ -546,7 +547,8 @@ def test_an_answer_that_was_cut_off_is_truncated(server, finish):
     (answer(ORDER, "error"), "error"), (answer(ORDER, "abort"), "abort"),
     (answer(ORDER, "insufficient_system_resource"), "insufficient_system_resource"),
     (answer(ORDER, "incomplete"), "incomplete"),
-    (answer(None, refusal="I cannot help with that."), "I cannot help with that."),
+    (answer(None, refusal="I cannot help with that."), "the server refused: I cannot help with that."),
+    (answer(ORDER, refusal="I cannot help with that."), "the server refused: I cannot help with that."),
     (answer(None, "tool_calls", tool_calls=[{"function": {"name": "rank"}}]), "rank"),
     ({"error": {"code": 402, "message": "no credits left"}}, "no credits left"),
     ({"choices": [{"error": {"message": "too bad"}, "finish_reason": "error"}]}, "too bad")])
@@ -607,10 +609,13 @@ def test_what_may_pass_is_tried_again(server, monkeypatch, bad):
     ("Wed, 21 Oct 99999 07:28:00 GMT", 0.5)])
 @pytest.mark.parametrize("code", [429, 503])
 def test_retry_after_is_obeyed(server, header, seconds, code):
+    busy = {"error": {"code": code, "message": "busy"}}
     if header == "in 30 s":
         header = formatdate(time.time() + 30, usegmt=True)
     assert first_window(server, fails(code, Retry_After=header)).status == "ok"
     assert Fake.slept == [seconds]
+    assert first_window(server, lambda handler: handler.send(200, busy, Retry_After=header)).status == "ok"
+    assert Fake.slept == [seconds] * 2
 
 
 def test_pauses_grow(server):
