@@ -21,10 +21,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 import rearank
-from data import Candidates, InputError, read_run, write_candidates
-from model import load_tokenizer
-from rearank import (Reranker, Server, Settings, as_content, build_messages, encode_prompt, fuse,
-                     rerank_file)
+from support.files import Candidates, read_run, write_candidates
+from support.cli import InputError
+from support.checkpoint import load_tokenizer
+from rearank import Reranker, RerankSettings, fuse, rerank_file
+from support.openai_client import Server
+from prompts import as_content, build_messages, encode_prompt
 from toy import toy_agent, toy_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,19 +222,19 @@ def test_several_answers_are_fused_by_reciprocal_ranks(toy):
 def test_what_was_cut_is_counted(toy, tmp_path):
     lists = [Candidates("1", "rain", ["a", "b", "c"], ["oak " * 30, "oak", "storm " * 20], [3.0, 2.0, 1.0])]
     write_candidates(tmp_path / "c.jsonl", lists)
-    settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy",
+    settings = RerankSettings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy",
                         passage_chars=50, max_new_tokens=4)
     counts = rerank_file(settings, toy)
-    assert (counts["passages"], counts["passages shortened"], counts["characters cut"]) == (3, 2, 69 + 69)
-    assert (counts["prompts cut to fit"], counts["queries cut"]) == (0, 0)
-    longer = Settings(input=settings.input, output=settings.output, prompt="toy", max_new_tokens=4,
+    assert (counts["passages"], counts["passages shortened"], counts["characters removed"]) == (3, 2, 69 + 69)
+    assert (counts["prompts shortened"], counts["queries shortened"]) == (0, 0)
+    longer = RerankSettings(input=settings.input, output=settings.output, prompt="toy", max_new_tokens=4,
                       max_prompt_tokens=40)
-    assert rerank_file(longer, toy)["prompts cut to fit"] == 1
+    assert rerank_file(longer, toy)["prompts shortened"] == 1
 
 
 def test_stability_is_the_agreement_of_orders_between_shuffles(toy, tmp_path, monkeypatch):
     write_candidates(tmp_path / "c.jsonl", toy_task(3, 12, seed=0)[0])
-    settings = Settings(input=str(tmp_path / "c.jsonl"), prompt="toy", check_stability=3, window=12)
+    settings = RerankSettings(input=str(tmp_path / "c.jsonl"), prompt="toy", check_stability=3, window=12)
 
     def by_text(self, lists, progress=None):  # blind to the order in which it reads
         orders = [sorted(range(len(texts)), key=texts.__getitem__) for _, texts in lists]
@@ -252,7 +254,7 @@ def test_memory_that_runs_out_is_one_line(toy, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
     monkeypatch.setattr(rearank, "sample", full)
-    with pytest.raises(InputError, match="lower --max-rows"):
+    with pytest.raises(InputError, match="lower --max-num-seqs"):
         Reranker(toy, "toy").rank("rain", ["a", "b"])
 
 
@@ -300,7 +302,7 @@ class Fake(http.server.BaseHTTPRequestHandler):
 
 def answer(content, finish="stop", **message):
     return {"choices": [{"message": {"role": "assistant", "content": content} | message,
-                         "finish_reason": finish}], "usage": {"completion_tokens": 9, "prompt_tokens": 70}}
+                         "finish_reason": finish}], "usage": {"completion_tokens": 9, "prompt_batch_tokens": 70}}
 
 
 @pytest.fixture
@@ -786,7 +788,7 @@ def test_a_query_that_gets_no_answer_ends_with_status_1(server, tmp_path, capsys
 
 def test_an_interrupted_run_is_not_overwritten_unasked(toy, tmp_path):
     write_candidates(tmp_path / "c.jsonl", toy_task(4, 3, seed=0)[0])
-    settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy", max_rows=2,
+    settings = RerankSettings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy", max_num_seqs=2,
                         max_new_tokens=4)
     rerank_file(settings, toy)
     rerank_file(settings, toy)  # one that was finished may be
@@ -802,7 +804,7 @@ def test_an_interrupted_run_is_not_overwritten_unasked(toy, tmp_path):
 def file_options(folder) -> list[str]:
     """Options for a short run over candidates below `folder`, all but --output."""
     write_candidates(folder / "c.jsonl", toy_task(4, 5, seed=0)[0])
-    return ["--model", "m", "--prompt", "toy", "--max-new-tokens", "4", "--max-rows", "2", "--device", "cpu",
+    return ["--model", "m", "--prompt", "toy", "--max-new-tokens", "4", "--max-num-seqs", "2", "--device", "cpu",
             "--input", str(folder / "c.jsonl")]
 
 
@@ -897,8 +899,8 @@ sys.exit(rearank.main(sys.argv[1:]))
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
     write_candidates(tmp_path / "c.jsonl", toy_task(8, 9, seed=0)[0])
-    options = ["--model", "m", "--prompt", "toy", "--window", "6", "--step", "3", "--max-new-tokens", "12",
-               "--temperature", "1", "--max-rows", "2", "--device", "cpu", "--input", str(tmp_path / "c.jsonl")]
+    options = ["--model", "m", "--prompt", "toy", "--window", "6", "--stride", "3", "--max-new-tokens", "12",
+               "--temperature", "1", "--max-num-seqs", "2", "--device", "cpu", "--input", str(tmp_path / "c.jsonl")]
     monkeypatch.setattr(rearank, "load_agent", lambda *_: toy_agent(0))
 
     def killed_after(lines, *more):
@@ -925,7 +927,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch
 
 def test_a_run_with_a_limit_is_continued_by_resume_without_it(tmp_path, toy):
     write_candidates(tmp_path / "c.jsonl", toy_task(4, 5, seed=0)[0])
-    settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy", max_rows=2,
+    settings = RerankSettings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy", max_num_seqs=2,
                         max_new_tokens=4, limit=2)
     assert rerank_file(settings, toy)["queries"] == 2
     first = (tmp_path / "r.jsonl").read_bytes()
@@ -940,19 +942,19 @@ def test_a_run_with_a_limit_is_continued_by_resume_without_it(tmp_path, toy):
 
 
 GUARDED = {"model": "other", "prompt": "rankgpt", "window": 7, "step": 2, "think": False, "temperature": 0.5,
-           "samples": 2, "passage_chars": 30, "max_new_tokens": 5, "max_prompt_tokens": 90, "max_rows": 3,
+           "samples": 2, "passage_chars": 30, "max_new_tokens": 5, "max_prompt_tokens": 90, "max_num_seqs": 3,
            "seed": 1, "server": "http://127.0.0.1:9/v1", "dtype": "float32", "top_k": 3}
 
 
 def test_every_setting_is_guarded_by_resume_or_cannot_change_an_answer():
-    fields = {field.name for field in dataclasses.fields(Settings)}
+    fields = {field.name for field in dataclasses.fields(RerankSettings)}
     assert fields == GUARDED.keys() | set(rearank.FREE_TO_CHANGE) | {"input"}
 
 
 @pytest.mark.parametrize("name", list(GUARDED))
 def test_a_run_is_not_resumed_with_another_setting_and_the_setting_is_named(tmp_path, toy, name):
     write_candidates(tmp_path / "c.jsonl", toy_task(1, 4, seed=0)[0])
-    settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy", max_rows=2,
+    settings = RerankSettings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy", max_num_seqs=2,
                         max_new_tokens=4)
     rerank_file(settings, toy)
     before = (tmp_path / "r.jsonl").read_bytes()
@@ -965,7 +967,7 @@ def test_a_run_is_not_resumed_with_another_setting_and_the_setting_is_named(tmp_
 
 def test_a_run_is_not_resumed_with_another_input(tmp_path, toy):
     write_candidates(tmp_path / "c.jsonl", toy_task(1, 4, seed=0)[0])
-    settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy", max_new_tokens=4)
+    settings = RerankSettings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy", max_new_tokens=4)
     rerank_file(settings, toy)
     write_candidates(tmp_path / "c.jsonl", toy_task(1, 4, seed=1)[0])
     with pytest.raises(InputError, match="begun with another input"):
@@ -976,7 +978,7 @@ def test_a_run_is_not_resumed_with_another_input(tmp_path, toy):
 def test_resume_refuses_a_file_that_is_no_run_of_ours(tmp_path, toy, content):
     write_candidates(tmp_path / "c.jsonl", toy_task(2, 4, seed=0)[0])
     (tmp_path / "r.jsonl").write_bytes(content)
-    settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy", resume=True)
+    settings = RerankSettings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r"), prompt="toy", resume=True)
     with pytest.raises(InputError, match="r.jsonl is not what rearank.py writes"):
         rerank_file(settings, toy)
     assert (tmp_path / "r.jsonl").read_bytes() == content

@@ -12,10 +12,11 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import model as model_module
-from data import InputError
-from grpo import write_model
-from model import add_lora, load_agent, reading, save_adapter
+from model import load_agent
+from support import checkpoint
+from support.checkpoint import reading, save_adapter, write_model
+from support.cli import InputError
+from support.lora import add_lora
 
 ROOT = Path(__file__).parent.parent
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4000000000\n"
@@ -281,7 +282,7 @@ def test_the_tokenizer_is_the_folders_own_whatever_class_it_declares(saved, toy,
 
 def test_a_folder_without_a_vocabulary_is_refused(saved, monkeypatch):
     """transformers makes an empty tokenizer where there is none."""
-    monkeypatch.setattr(model_module, "check_files", lambda folder: "")  # as for a name on the hub
+    monkeypatch.setattr(checkpoint, "check_files", lambda folder: "")  # as for a name on the hub
     change(saved / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     (saved / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="its tokenizer has no vocabulary"):

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval as trec
-from data import BRIGHT_SPLITS, InputError
+from data import BRIGHT_SPLITS
+from support.cli import InputError
 from eval import bootstrap_interval, evaluate, parse_measures, randomisation_test
 from reward import ndcg
 

@@ -11,8 +11,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import model as model_module
-from grpo import MasterAdamW, Settings, memory_rows
-from model import microbatches, parameters
+from support.optimizer import MasterAdamW
+from grpo import TrainSettings
+from support.memory import memory_rows
+from model import microbatches
+from support.memory import count_parameters
 
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied: Qwen2.5's
     "0.5B": (896, 4864, 24, 14, 2, 151936, True), "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
@@ -63,16 +66,16 @@ def test_the_plan_of_an_update_is_within_15_percent_of_its_counted_peak(monkeypa
         num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied)
     monkeypatch.setattr(model_module, "rms_norm", lambda module, x: FusedRMSNorm.apply(x, module.weight))
     P, T, G = 2200, 512, 16  # two micro-batches: the second finds the gradients of the first
-    settings = Settings(beta=0.0, offload=True, checkpointing=checkpointing, group=G, max_rows=G,
-                        answer_tokens=8 * T, prompt_tokens=P, max_prompt_tokens=P, max_new_tokens=T)
+    settings = TrainSettings(beta=0.0, offload=True, checkpointing=checkpointing, group_size=G, max_num_seqs=G,
+                        microbatch_tokens=8 * T, prompt_batch_tokens=P, max_prompt_tokens=P, max_new_tokens=T)
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         optimizer = MasterAdamW.__new__(MasterAdamW)  # its sums of gradients alone: the rest is in the host
-        optimizer.sums = {}
+        optimizer.grad_sums = {}
         for p in model.parameters():
-            p.register_post_accumulate_grad_hook(optimizer._take)
+            p.register_post_accumulate_grad_hook(optimizer._accumulate)
         with Peak() as peak:
-            for batch in microbatches(model, [[1] * P], [[1] * T] * G, answer_tokens=8 * T, prompt_tokens=P,
+            for batch in microbatches(model, [[1] * P], [[1] * T] * G, microbatch_tokens=8 * T, prompt_batch_tokens=P,
                                       checkpointing=checkpointing):
                 batch.logps.sum().backward()
     table = memory_rows(config, parameters(config), settings, 2)
@@ -83,8 +86,8 @@ def test_the_plan_of_an_update_is_within_15_percent_of_its_counted_peak(monkeypa
 def cpu_corrections(config, settings, layers):
     """What a CPU needs beside the plan, which is a card's: it keeps each rms_norm's input and output, of the
     layers that are not computed again, and its chunks of logits are smaller."""
-    tokens = settings.prompt_tokens + settings.answer_tokens
-    logits = 10 * (min(2**27, settings.answer_tokens * config.vocab_size) - 2**23)
+    tokens = settings.prompt_tokens + settings.microbatch_tokens
+    logits = 10 * (min(2**27, settings.microbatch_tokens * config.vocab_size) - 2**23)
     return 2 * config.hidden_size * 4 * tokens * layers - max(0, logits)
 
 
@@ -92,13 +95,13 @@ def cpu_corrections(config, settings, layers):
 def test_the_plan_is_within_15_percent_of_what_the_toys_update_holds(toy, checkpointing):
     """Counted by storages: of so small a model the process's peak says more about the C library's slack."""
     P, T, G = 110, 64, 64
-    settings = Settings(beta=0.0, checkpointing=checkpointing, group=G, max_rows=G, answer_tokens=2048,
-                        prompt_tokens=P, max_prompt_tokens=P, max_new_tokens=T)
+    settings = TrainSettings(beta=0.0, checkpointing=checkpointing, group_size=G, max_num_seqs=G, microbatch_tokens=2048,
+                        prompt_batch_tokens=P, max_prompt_tokens=P, max_new_tokens=T)
     config = toy.model.config
     for _ in range(2):  # the first leaves gradients, as an earlier micro-batch does
         with Peak() as peak:
-            for batch in microbatches(toy.model, [[1] * P], [[1] * T] * G, answer_tokens=2048,
-                                      prompt_tokens=P, checkpointing=checkpointing):
+            for batch in microbatches(toy.model, [[1] * P], [[1] * T] * G, microbatch_tokens=2048,
+                                      prompt_batch_tokens=P, checkpointing=checkpointing):
                 batch.logps.sum().backward()
     table = memory_rows(config, parameters(config), settings, 4)
     planned = sum(update for what, (_, update, _) in table.items() if what != "masters and moments")

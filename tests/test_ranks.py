@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config
 
 import grpo
-from data import InputError, expand, write_instances
+from support.cli import InputError
+from data import expand
+from support.files import write_instances
 from toy import toy_agent, toy_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +26,8 @@ sys.path.insert(0, ROOT)
 import torch, transformers.models.qwen2.modeling_qwen2
 torch.set_num_threads(1)
 import grpo, toy
-from data import InputError, expand
+from support.cli import InputError
+from data import expand
 from reward import Score
 
 def flat_for_train0(text, labels, ideal, scheme):
@@ -32,7 +35,7 @@ def flat_for_train0(text, labels, ideal, scheme):
 
 def rank_zero_is_not_finite(logps, reference, advantages, lengths, beta):
     # Its gradient is: without the others' losses a rank could not know.
-    return grpo.grpo_loss(logps, reference, advantages, lengths, beta) + (0 if grpo.ranks()[0] else torch.inf)
+    return grpo.grpo_loss(logps, reference, advantages, lengths, beta) + (0 if grpo.distributed.rank() else torch.inf)
 
 def run(settings, wrong):
     agent = toy.toy_agent(0)
@@ -40,12 +43,12 @@ def run(settings, wrong):
     def step(self, lr, grad_clip, skip=False):
         if not first and hasattr(agent, "started"):
             for p in self.params:
-                grad = self.sums.get(p, p.grad)
+                grad = self.grad_sums.get(p, p.grad)
                 grad = torch.zeros_like(p) if grad is None else grad.clone()
-                if grpo.ranks()[1] > 1:
+                if grpo.distributed.world_size() > 1:
                     torch.distributed.all_reduce(grad)
                 first.append(grad)
-        if wrong == "dies" and grpo.ranks()[0] == 1:
+        if wrong == "dies" and grpo.distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return honest(self, lr, grad_clip, skip)
     grpo.MasterAdamW.step = step
@@ -66,7 +69,7 @@ def run(settings, wrong):
     held_out = toy.toy_task(3, 6, 4, held_out=True)
     instances[:] = expand(candidates, qrels, 2, 6, keep="all")
     grpo.train(agent, instances, settings, folder, held_out=held_out, **hooks)
-    if grpo.ranks()[0] == 0:
+    if grpo.distributed.rank() == 0:
         grpo.save_file({str(i): g for i, g in enumerate(first)}, settings.out + "/first.safetensors")
     return 0
 
@@ -75,9 +78,9 @@ for name, number, changes, wrong in json.loads(sys.argv[2]):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    few = {"prompts_per_step": 5, "group": 4, "steps": 3, "max_new_tokens": 10, "save_every": 1,
+    few = {"prompts_per_step": 5, "group_size": 4, "steps": 3, "max_new_tokens": 10, "save_every": 1,
            "eval_every": 3, "sft_steps": 0, "reward": "normalized" if wrong == "flat" else "random"}
-    settings = toy.ToySettings(**few | {"out": f"{sys.argv[1]}/{name}"} | changes)
+    settings = toy_settings(**few | {"out": f"{sys.argv[1]}/{name}"} | changes)
     pids = []
     for rank in range(number):
         if not (pid := os.fork()):
@@ -163,7 +166,7 @@ def test_the_result_does_not_depend_on_the_number_of_ranks(ran, case, number):
     logs = [
         [line.split(",") for line in (run / "log.csv").read_text().splitlines()] for run in (one, several)
     ]
-    for name in ("reward", "ndcg", "eval_ndcg", "entropy", "kl", "grad_norm", "length", "flat_groups", "lr"):
+    for name in ("reward", "ndcg", "eval_ndcg", "entropy", "kl", "grad_norm", "length", "zero_std_groups", "lr"):
         column = logs[0][0].index(name)
         a, b = ([float(row[column] or "nan") for row in log[1:]] for log in logs)
         assert a == pytest.approx(b, rel=1e-3, abs=2e-5, nan_ok=True) and len(a) >= 2, name
@@ -197,7 +200,7 @@ def test_a_rank_that_dies_ends_the_others_with_one_line(ran):
 
 # --- the command, as people type it
 
-TRAIN = ("--prompt toy --group 4 --prompts-per-step 3 --max-new-tokens 8 --lr 1e-3 --steps 3 --reward random "
+TRAIN = ("--prompt toy --group-size 4 --prompts-per-step 3 --max-new-tokens 8 --lr 1e-3 --steps 3 --reward random "
          "--device cpu").split()
 
 
@@ -212,7 +215,7 @@ def torchrun(number: int, *arguments: str) -> subprocess.CompletedProcess:
 def trained_alone(tmp_path_factory) -> Path:
     """A folder with a model, data, and the run of one process."""
     folder = tmp_path_factory.mktemp("torchrun")
-    grpo.write_model(toy_agent(0), folder / "model")
+    write_model(toy_agent(0), folder / "model")
     write_instances(folder / "data.jsonl", expand(*toy_task(6, 20, 3), 2, 6, keep="all"))
     assert grpo.main(of(folder, "1")) == 0
     return folder
@@ -245,10 +248,10 @@ def test_a_refusal_is_printed_once_and_speaks_of_memory_on_a_cpu(trained_alone, 
 
 def test_processes_on_a_cpu_share_its_memory(trained_alone, monkeypatch):
     """What fits twice into a card's memory does not fit twice into the machine's."""
-    settings = grpo.Settings(model=str(trained_alone / "model"), device="cpu", prompt="toy", max_new_tokens=8,
-                             max_rows=32, answer_tokens=64, prompt_tokens=512, max_prompt_tokens=504,
+    settings = grpo.TrainSettings(model=str(trained_alone / "model"), device="cpu", prompt="toy", max_new_tokens=8,
+                             max_num_seqs=32, microbatch_tokens=64, prompt_batch_tokens=512, max_prompt_tokens=504,
                              checkpointing=False)
-    table = grpo.memory_rows(toy_agent(0).model.config, 128_256, settings, 4)
+    table = memory_rows(toy_agent(0).model.config, 128_256, settings, 4)
     one = max(sum(row[0] for row in table.values()), sum(row[1] for row in table.values()))
     monkeypatch.setattr(grpo, "free_memory", lambda device: 1.5 * one / 0.95)
     grpo.planned(settings)

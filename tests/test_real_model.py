@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import full_logps
-from test_plan import cpu_corrections
+from test_memory import cpu_corrections
 
-from data import InputError
-from grpo import MasterAdamW, Settings, grpo_loss, memory_rows, write_model
-from model import load_agent, load_config, microbatches, parameters, sample
-from rearank import Reranker, encode_prompt
+from support.cli import InputError
+from support.optimizer import MasterAdamW
+from grpo import TrainSettings, grpo_loss
+from support.memory import memory_rows
+from support.checkpoint import write_model
+from model import load_agent, load_config, microbatches, sample
+from support.memory import count_parameters
+from rearank import Reranker
+from prompts import encode_prompt
 
 FOLDER = os.environ.get("REARANK_TEST_MODEL", "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="REARANK_TEST_MODEL is not set")
@@ -100,7 +105,7 @@ import resource, sys
 from model import load_agent, microbatches
 
 def update(P, T, G):
-    for batch in microbatches(model, [[1] * P], [[1] * T] * G, answer_tokens=1024, checkpointing={again}):
+    for batch in microbatches(model, [[1] * P], [[1] * T] * G, microbatch_tokens=1024, checkpointing={again}):
         batch.logps.sum().backward()
 
 model = load_agent(sys.argv[1], "cpu", "float32").model
@@ -116,8 +121,8 @@ print(int(status.split("VmHWM:")[1].split()[0]) * 1024 - before)
 @pytest.mark.parametrize("again", [True, False])
 def test_the_plan_is_within_15_percent_of_what_the_process_takes(again):
     config, _ = load_config(FOLDER)
-    settings = Settings(beta=0.0, checkpointing=again, group=8, max_rows=8, answer_tokens=1024,
-                        prompt_tokens=2200, max_prompt_tokens=2200, max_new_tokens=128)
+    settings = TrainSettings(beta=0.0, checkpointing=again, group_size=8, max_num_seqs=8, microbatch_tokens=1024,
+                        prompt_batch_tokens=2200, max_prompt_tokens=2200, max_new_tokens=128)
     table = memory_rows(config, parameters(config), settings, 4)
     there = ("weights", "masters and moments", "gradients in float32")
     planned = sum(update for what, (_, update, _) in table.items() if what not in there)

@@ -21,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import report
-from data import InputError, read_run, write_candidates, write_qrels, write_run
+from support.cli import InputError
+from support.files import read_run, write_candidates, write_qrels, write_run
 from eval import evaluate
-from rearank import Settings, rerank_file, sliding_window
+from rearank import RerankSettings, rerank_file, sliding_window
 from report import describe, page, read_queries, replay
 from reward import sentences
 from toy import toy_task
@@ -42,7 +43,7 @@ def a_query(qid: str, docids: list[str], order: list[str], texts: list[str] | No
 def a_window(qid: str, docids: list[str], order: list[str], reasoning: str = "", **changes) -> dict:
     return {"qid": qid, "docids": docids, "status": "ok", "order": order, "reasoning": reasoning,
             "response": f"<think>{reasoning}</think><answer> ... </answer>", "tokens": 7, "finished": True,
-            "prompt_cut": False, "some key of next year": None} | changes
+            "prompt_shortened": False, "some key of next year": None} | changes
 
 
 def overlapping() -> list[dict]:
@@ -160,7 +161,7 @@ def test_a_window_knows_its_ranks_its_prompts_numbers_and_its_answer_word_for_wo
 
 def test_answers_cut_off_prompts_cut_and_windows_missing_are_said(tmp_path):
     query, window, *_ = overlapping()
-    [row] = read_queries(written(tmp_path / "t", [query, window | {"finished": False, "prompt_cut": True}]))
+    [row] = read_queries(written(tmp_path / "t", [query, window | {"finished": False, "prompt_shortened": True}]))
     found = describe(row, None)
     assert found["windows"][0]["status"] == "ok, cut off, prompt cut" and not found["whole"]
 
@@ -321,7 +322,7 @@ def test_what_rearank_writes_is_read(tmp_path, toy):
     candidates, qrels = toy_task(3, 9, seed=0)
     write_candidates(tmp_path / "c.jsonl", candidates)
     write_qrels(tmp_path / "qrels", qrels)
-    rerank_file(Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r.trec"), prompt="toy",
+    rerank_file(RerankSettings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r.trec"), prompt="toy",
                          window=6, step=3, max_new_tokens=4), toy)
     report.main([str(tmp_path / "r.trec.jsonl"), "--qrels", str(tmp_path / "qrels")])
     queries = data_in((tmp_path / "r.html").read_text())["queries"]

@@ -15,14 +15,16 @@ import pytest
 import torch
 
 import grpo
-from data import InputError, write_instances
-from grpo import RunFolder, collapses, train
+from support.cli import InputError
+from support.files import write_instances
+from support.run_folder import RunFolder, collapses
+from grpo import train
 from model import load_agent
 from test_grpo import one_window, quick
 from toy import toy_agent
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "--device cpu --prompt toy --group 4 --prompts-per-step 1 --max-new-tokens 6".split()
+SMALL = "--device cpu --prompt toy --group-size 4 --prompts-per-step 1 --max-new-tokens 6".split()
 UNREPEATABLE = ("tokens_per_s", "seconds", "peak_mib")
 
 # Forks a process for each attempt: importing torch twenty times would take minutes.
@@ -58,7 +60,7 @@ def attempt(folder, kill_at=None):
     code = 1
     try:
         code = grpo.main(["--model", model, "--data", data, "--out", folder, "--prompt", "toy", "--resume",
-                          "--device", "cpu", "--group", "4", "--prompts-per-step", "1", "--sft-steps", "3",
+                          "--device", "cpu", "--group-size", "4", "--prompts-per-step", "1", "--sft-steps", "3",
                           "--steps", "4", "--max-new-tokens", "6", "--lr", "1e-3", "--sft-lr", "1e-3",
                           "--save-every", "2", "--samples-every", "2"])
     finally:
@@ -100,7 +102,7 @@ print(run + 1, names)
 def small_run(tmp_path) -> list[str]:
     """A model folder and a file of instances: what `grpo.py --model` needs."""
     agent = toy_agent(0)
-    grpo.write_model(agent, tmp_path / "model")
+    write_model(agent, tmp_path / "model")
     other = dataclasses.replace(one_window()[0], qid="r", texts=["rain bread", "bee hive honey"], labels=[2, 0])
     write_instances(tmp_path / "data.jsonl", [*one_window(), other])
     return [str(tmp_path / "model"), str(tmp_path / "data.jsonl")]
@@ -193,7 +195,7 @@ def test_another_process_that_trains_in_the_folder_is_not_joined(tmp_path):
     settings = quick(tmp_path)
     claimed = RunFolder(settings)
     code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import grpo, toy\n"
-            f"try: grpo.RunFolder(toy.ToySettings(out={settings.out!r}))\n"
+            f"try: grpo.RunFolder(toy_settings(out={settings.out!r}))\n"
             "except grpo.InputError as error: print(error)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{claimed.path}: another process is training there\n"
@@ -340,7 +342,7 @@ def test_a_supervised_step_that_is_not_finite_is_skipped_and_the_third_stops_the
             yield batch
 
     monkeypatch.setattr(grpo, "microbatches", poisoned)
-    settings = grpo.Settings(answer_tokens=64, checkpointing=False)
+    settings = grpo.TrainSettings(microbatch_tokens=64, checkpointing=False)
     grpo.supervised(toy, iter([[answer]] * 5), 5, 1e-3, settings)
     assert all(p.isfinite().all() for p in toy.model.parameters())
     bad = iter([True] * 3)
@@ -365,7 +367,7 @@ def test_a_full_disk_is_one_line_and_the_save_before_it_stays(small_run, tmp_pat
 
 def rows(**changes) -> list[dict]:
     """A log's rows: columns are lists of values, or one value."""
-    base = {"reward": 0.5, "length": 30.0, "entropy": 0.2, "identity": 0.1, "flat_groups": 0.2, "skipped": 0}
+    base = {"reward": 0.5, "length": 30.0, "entropy": 0.2, "unchanged": 0.1, "zero_std_groups": 0.2, "skipped": 0}
     steps = max([len(v) for v in changes.values() if isinstance(v, list)], default=20)
     columns = {
         name: value if isinstance(value, list) else [value] * steps
@@ -378,8 +380,8 @@ def rows(**changes) -> list[dict]:
     "column, healthy, broken, said",
     [
         ("reward", 0.4, 0.3, "the reward is lower"),
-        ("identity", 0.3, 0.4, "orders is unchanged"),
-        ("flat_groups", 0.6, 0.8, "are flat"),
+        ("unchanged", 0.3, 0.4, "orders is unchanged"),
+        ("zero_std_groups", 0.6, 0.8, "are flat"),
         ("length", 16.0, 14.0, "length is less than half"),
         ("length", 59.0, 61.0, "length is more than double"),
         ("entropy", 0.11, 0.09, "entropy is less than half"),

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import InputError, check_run, read_qrels, read_run, read_trec, trec_id, write_qrels, write_run
+from support.cli import InputError
+from support.files import check_run, read_qrels, read_run, read_trec, trec_id, write_qrels, write_run
 
 # What an id may be: anything but ASCII white space and zero bytes (control characters and U+00A0 may be).
 names = st.text(
