@@ -146,7 +146,7 @@ BRIGHT_FILES = {  # below a folder, as in the authors' archive or of castorini: 
     "qrels": ("pyserini_qrels/{}.tsv", "qrels.bright-{}.txt*"),
     "fixed qrels": ("qrels.bright-{}.fixed.txt*",),
     "exclude": ("exclude.bright-{}.txt*", "topics.bright-{}-original.jsonl*"),
-    "run": ("bm25.{}.filtered.trec", "*{}*.trec*", "*{}*.txt*")}
+    "run": ("bm25.{}.filtered.trec", "*{}*.trec", "*{}*.trec.gz", "*{}*.txt*")}
 
 
 def bright_file(folder: str | Path, split: str, kind: str, needed: bool = True) -> Path | None:

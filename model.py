@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from support.checkpoint import check_tokenizer, load_tokenizer, load_weights, read_config, reading
+from support.checkpoint import (check_folder, check_tokenizer, load_tokenizer, load_weights, read_config,
+                                reading)
 from support.cli import InputError
 from support.memory import count_parameters, free_memory
 
@@ -659,8 +660,9 @@ def load_agent(name: str, device: str = "auto", dtype: str = "auto") -> Agent:
     if needed > free:
         raise InputError(f"--model {name}: its weights take {needed / 2**30:.1f} GiB and {place} has "
                          f"{free / 2**30:.1f} GiB free; use a smaller model, or --device cpu")
+    weights = check_folder(name)
     with reading(name, "tokenizer.json or tokenizer_config.json"):
         tokenizer = load_tokenizer(name, **source)
         check_tokenizer(tokenizer, config.vocab_size)
-    model = load_weights(name, config, dtype, place, **source)
+    model = load_weights(name, weights, config, dtype, place, **source)
     return Agent(model, tokenizer, find_stop_ids(model, tokenizer))

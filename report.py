@@ -124,7 +124,7 @@ def page(queries: list[dict], qrels: dict[str, dict[str, int]], title: str) -> s
 
 @dataclasses.dataclass
 class ReportSettings:
-    """ReportSettings of `python report.py`."""
+    """Settings of `python report.py`."""
 
     trace: str = setting("", "The JSONL that rearank.py wrote (.gz too); - is standard input.",
                          positional=True, metavar="JSONL")

@@ -162,7 +162,7 @@ def held_out(queries: int, passages: int, seed: int) -> tuple[list, list]:
 def rerank(agent: Agent, lists: list, labels: list, passes: int = 1,
            **options) -> tuple[list[float], list[int]]:
     """NDCG@10 and answer tokens (of the last pass) of each list, reranked `passes` times."""
-    reranker = Reranker(agent, "toy", 6, 3, max_new_tokens=64, max_num_seqs=256, **options)
+    reranker = Reranker(agent, "toy", window=6, stride=3, max_new_tokens=64, max_num_seqs=256, **options)
     for _ in range(passes):
         rankings = reranker.rank_many(lists)
         orders = [[result.index for result in ranking] for ranking in rankings]

@@ -74,6 +74,8 @@ def read_config(name: str):
         if a_path and not folder.is_dir():
             raise InputError("no such model folder (one with config.json, as save_pretrained writes it; or "
                              "pass a hub name like Qwen/Qwen2.5-7B)")
+        if (folder / "saves").is_dir() and (folder / "checkpoint").is_dir():
+            raise InputError(f"this is the folder of a run of grpo.py; pass {folder / 'checkpoint'}")
         if adapter := find_adapter_config_file(name, local_files_only=local):
             raise holds_adapter(Path(adapter).absolute())
         if a_path:
@@ -84,12 +86,16 @@ def read_config(name: str):
     return config, source
 
 
-def load_weights(name: str, config, dtype: str, device, **source):
-    """The model with its weights, on `device`. InputError: see `check_files` and `check_tensors`."""
-    weights = "its weights"
-    if Path(name).is_dir():
-        with reading(name, "model.safetensors.index.json"):
-            weights = check_files(Path(name))
+def check_folder(name: str) -> str:
+    """The name of the file of weights, for messages. InputError where a file of a folder is at fault."""
+    if not Path(name).is_dir():
+        return "its weights"
+    with reading(name, "model.safetensors.index.json"):
+        return check_files(Path(name))
+
+
+def load_weights(name: str, weights: str, config, dtype: str, device, **source):
+    """The model with its weights (a file of that name), on `device`. InputError: see `check_tensors`."""
     with reading(name, f"{weights} or generation_config.json"):
         model, found = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
@@ -104,8 +110,6 @@ def load_tokenizer(name: str, **source):
 
     AutoTokenizer would then put Qwen2's splitting rules in its place, and the toy's words would be unknown.
     """
-    if Path(name).is_dir():
-        check_files(Path(name))
     declared = get_tokenizer_config(name, **source).get("tokenizer_class")
     known = tokenizer_class_from_name(declared) if declared else None  # also None for a newer library's class
     generic = known in (None, PreTrainedTokenizerFast)

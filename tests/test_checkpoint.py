@@ -141,8 +141,9 @@ def test_a_shard_that_is_absent_or_a_pointer_is_named(saved, refusal):
     assert refusal(saved).startswith("model-00001-of-00001.safetensors is a Git LFS pointer")
     (saved / "aside").rename(saved / "model-00001-of-00001.safetensors")
     load_agent(str(saved), "cpu")
-    (saved / "model.safetensors.index.json").write_text("{}")
-    assert refusal(saved).startswith("model.safetensors.index.json ")
+    for content in ("{}", '{"weight_map": ["model-00001-of-00001.safetensors"]}'):
+        (saved / "model.safetensors.index.json").write_text(content)
+        assert refusal(saved).startswith("model.safetensors.index.json ")
 
 
 class RunsCode:
@@ -287,3 +288,11 @@ def test_a_folder_without_a_vocabulary_is_refused(saved, monkeypatch):
     (saved / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="its tokenizer has no vocabulary"):
         load_agent(str(saved), "cpu")
+
+
+def test_the_folder_of_a_run_names_the_checkpoint_to_pass(saved, tmp_path, refusal):
+    (tmp_path / "run/saves").mkdir(parents=True)
+    saved.rename(tmp_path / "run/checkpoint")
+    (tmp_path / "run/config.json").write_text('{"seed": 0}')
+    assert refusal(tmp_path / "run") == (
+        f"this is the folder of a run of grpo.py; pass {tmp_path / 'run/checkpoint'}")

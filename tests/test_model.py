@@ -150,7 +150,8 @@ def test_bfloat16_logits_are_drawn_from_in_float32():
 
 def test_progress_counts_every_answer_once(model):
     ended = []
-    sample(model, random_prompts(13, 40, 27), 5, 20, 1.0, [3, 5, 7, 11], max_num_seqs=10, progress=ended.append)
+    sample(model, random_prompts(13, 40, 27), 5, 20, 1.0, [3, 5, 7, 11], max_num_seqs=10,
+           progress=ended.append)
     assert sum(ended) == 15 and len(ended) > 2
 
 
@@ -304,8 +305,9 @@ def test_gradients_through_a_shared_prompt_equal_those_of_the_repeated_prompt(ch
     assert relative_error(shared_gradients(model, *problem()), naive_gradients(model, *problem())) <= 1e-5
 
 
-@pytest.mark.parametrize("sizes", [{"microbatch_tokens": 1}, {"microbatch_tokens": 20}, {"prompt_batch_tokens": 1},
-                                   {"prompt_batch_tokens": 60, "microbatch_tokens": 30}, {"checkpointing": True}])
+@pytest.mark.parametrize("sizes", [
+    {"microbatch_tokens": 1}, {"microbatch_tokens": 20}, {"prompt_batch_tokens": 1},
+    {"prompt_batch_tokens": 60, "microbatch_tokens": 30}, {"checkpointing": True}])
 def test_the_gradient_does_not_depend_on_how_the_work_is_cut(model, sizes):
     cut = shared_gradients(model, *problem(), **sizes)
     assert relative_error(cut, shared_gradients(model, *problem())) <= 1e-5
@@ -445,7 +447,6 @@ def test_decode_drops_the_end_token_of_a_finished_answer_and_no_other(toy):
     assert toy.decode(Completion([*ids, 1], True)) == "rain bread"
     assert toy.decode(Completion(ids, False)) == "rain bread"  # cut off: its last token is text
     assert toy.decode(Completion([*ids, 5], True)) == "rain bread"  # whichever id ended it
-
 
 
 def test_every_end_of_turn_token_ends_an_answer(toy):

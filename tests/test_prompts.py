@@ -1,4 +1,4 @@
-"""From a query and passages to token ids: prompts to the letter, hostile text, chats, prompts that must fit."""
+"""From a query and passages to token ids: prompts to the letter, hostile text, chats, long prompts."""
 
 import os
 import random

@@ -444,9 +444,10 @@ def test_a_run_with_a_limit_is_continued_by_resume_without_it(tmp_path, toy):
     assert (tmp_path / "r.jsonl").read_bytes() == again  # a smaller limit takes nothing away
 
 
-GUARDED = {"model": "other", "prompt": "rankgpt", "window": 7, "stride": 2, "think": False, "temperature": 0.5,
-           "samples": 2, "passage_chars": 30, "max_new_tokens": 5, "max_prompt_tokens": 90, "max_num_seqs": 3,
-           "seed": 1, "server": "http://127.0.0.1:9/v1", "dtype": "float32", "top_k": 3}
+GUARDED = {"model": "other", "prompt": "rankgpt", "window": 7, "stride": 2, "think": False,
+           "temperature": 0.5, "samples": 2, "passage_chars": 30, "max_new_tokens": 5,
+           "max_prompt_tokens": 90, "max_num_seqs": 3, "seed": 1, "server": "http://127.0.0.1:9/v1",
+           "dtype": "float32", "top_k": 3}
 
 
 def test_every_setting_is_guarded_by_resume_or_cannot_change_an_answer():
@@ -476,7 +477,8 @@ def test_a_run_is_not_resumed_with_another_input(tmp_path, toy):
         rerank_file(dataclasses.replace(settings, resume=True), toy)
 
 
-@pytest.mark.parametrize("content", [b"[1]\n", b"{}\n", b'{"qid": "q", "texts": [], "run": "0f"}\n', b"\xff\n"])
+@pytest.mark.parametrize("content", [
+    b"[1]\n", b"{}\n", b'{"qid": "q", "texts": [], "run": "0f"}\n', b"\xff\n"])
 def test_resume_refuses_a_file_that_is_no_run_of_ours(tmp_path, toy, content):
     write_candidates(tmp_path / "c.jsonl", toy_task(2, 4, seed=0)[0])
     (tmp_path / "r.jsonl").write_bytes(content)
@@ -537,7 +539,8 @@ def test_help_shows_first_what_is_read_and_written_and_last_memory_and_the_serve
 
 @pytest.mark.parametrize("options, words", [
     (["--model", "nowhere/at/all"], "no such model folder"),
-    (["--model", "m"], "there is no config.json"), (["--model", "m", "--samples", "3"], "temperature above 0"),
+    (["--model", "m"], "there is no config.json"),
+    (["--model", "m", "--samples", "3"], "temperature above 0"),
     (["--model", "m", "--window", "5", "--stride", "6"], "0 < stride <= window"),
     (["--server", "http://127.0.0.1:9/v1"], "expected the address")])
 def test_nothing_is_written_where_the_reranker_cannot_be_made(toy, tmp_path, monkeypatch, options, words):
@@ -560,7 +563,8 @@ def test_the_command_reranks_and_counts(toy, tmp_path, capsys):
     toy.tokenizer.save_pretrained(tmp_path / "m")
     write_candidates(tmp_path / "c.jsonl", toy_task(2, 9, seed=0)[0])
     files = ["--input", str(tmp_path / "c.jsonl"), "--output", str(tmp_path / "r.trec")]
-    options = ["--prompt", "toy", "--window", "6", "--stride", "3", "--max-new-tokens", "5", "--device", "cpu"]
+    options = ["--prompt", "toy", "--window", "6", "--stride", "3", "--max-new-tokens", "5"]
+    options += ["--device", "cpu"]
     assert rearank.main(["--model", str(tmp_path / "m"), *files, *options]) == 0
     assert "2 queries, 4 calls" in capsys.readouterr().out and len(read_run(tmp_path / "r.trec")) == 2
     with pytest.raises(InputError, match="expected 0 < stride <= window"):

@@ -36,7 +36,7 @@ UNREPEATABLE = ("tokens_per_s", "seconds", "peak_mib")
 # Forks a process for each attempt: importing torch twenty times would take minutes.
 # argv: the folder of model, data and held-out queries; where the runs go; whether the disk knows links.
 HARNESS = r"""
-import errno, os, random, shutil, signal, sys, time
+import errno, itertools, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 sys.path.insert(0, ROOT)
 import torch
@@ -51,27 +51,26 @@ CHANGES.append((shutil, "copyfile"))
 def refused(*_, **__):
     raise OSError(errno.EPERM, "this disk has no links")
 
-def attempt(folder, kill_at=None):
-    "A process that goes on with the run; with kill_at it kills itself before that many changes of a name."
+def attempt(folder, copied=False):
+    # A process that goes on with the run. With `copied` the folder is copied to renamed0, renamed1, ...
+    # before every change of a name: what a kill at that instant would leave.
     pid = os.fork()
     if pid:
         return pid
     os.setsid()
     if links == "no":
         os.link = os.symlink = refused
-    seen = [0]
-    def deadly(function):
+    number = itertools.count()
+    def watched(function):
         def call(*arguments, **options):
-            if seen[0] == kill_at and function.__name__ == "copyfile":  # in its middle
+            if function.__name__ == "copyfile":  # in its middle
                 Path(arguments[1]).write_bytes(Path(arguments[0]).read_bytes()[:100])
-            if seen[0] == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            seen[0] += 1
+            if os.path.exists(folder):
+                subprocess.run(["cp", "-a", folder, f"{out}/renamed{next(number)}"], check=True)
             return function(*arguments, **options)
-        call.__name__ = function.__name__
         return call
-    for module, name in CHANGES:
-        setattr(module, name, deadly(getattr(module, name)))
+    for module, name in CHANGES if copied else ():
+        setattr(module, name, watched(getattr(module, name)))
     sys.stdout = sys.stderr = open(os.devnull, "w")
     code = 1
     try:
@@ -87,8 +86,8 @@ def attempt(folder, kill_at=None):
 def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-def check(folder):
-    "checkpoint/ is loadable and one of the last two saves, and so is best/, of the two validated ones."
+def check(folder, load=False):
+    "checkpoint/ is whole and of one of the last two saves, and best/ of the two that were validated."
     names = [f"{phase}-{step:06d}" for phase, steps in (("sft", (2, 3)), ("grpo", (2, 4))) for step in steps]
     saves = [Path(folder, "saves", name) for name in names if Path(folder, "saves", name).exists()]
     if not saves or saves[-1].name == names[0]:
@@ -97,14 +96,17 @@ def check(folder):
     if saves[-1].name == names[3]:
         expected["best"] = saves
     for name, among in expected.items():
-        load_agent(f"{folder}/{name}", "cpu")
-        weights = [save / "checkpoint/model.safetensors" for save in among]
-        shown = Path(folder, name, "model.safetensors").read_bytes()
-        assert shown in [file.read_bytes() for file in weights if file.exists()]
+        for file in saves[-1].glob("checkpoint/*"):  # every file of a checkpoint
+            copies = [save / "checkpoint" / file.name for save in among]
+            shown = Path(folder, name, file.name).read_bytes()
+            assert shown in [copy.read_bytes() for copy in copies if copy.exists()], file
+        if load:
+            load_agent(f"{folder}/{name}", "cpu")
     return 1
 
+assert ended(attempt(out + "/whole")) == 0 and check(out + "/whole", load=True)
 started = time.time()
-assert ended(attempt(out + "/whole")) == 0
+assert ended(attempt(out + "/again")) == 0
 longest, killed, run, checked = time.time() - started, 0, 0, 0
 while killed < 20:
     pid = attempt(f"{out}/killed{run}")
@@ -112,20 +114,17 @@ while killed < 20:
     os.kill(pid, signal.SIGKILL)
     code = ended(pid)
     assert code in (0, -9)
-    checked += check(f"{out}/killed{run}")
+    checked += check(f"{out}/killed{run}", load=True)
     killed += code < 0
     run += code == 0
 assert ended(attempt(f"{out}/killed{run}")) == 0
 
-names, code = 0, -9
-while code < 0:
-    code = ended(attempt(f"{out}/renamed{names}", names))
-    assert code in (0, -9)
-    checked += check(f"{out}/renamed{names}")
-    if code:
-        assert ended(attempt(f"{out}/renamed{names}")) == 0
-    names += 1
-print(run + 1, names, checked, longest)
+assert ended(attempt(out + "/watched", copied=True)) == 0
+names = len(list(Path(out).glob("renamed*")))
+for n in range(names):
+    checked += check(f"{out}/renamed{n}")
+    assert ended(attempt(f"{out}/renamed{n}")) == 0
+print(run + 1, names, checked)
 """
 
 
@@ -173,7 +172,8 @@ def everything(path: Path) -> dict:
 def test_a_run_that_is_killed_ends_as_the_unbroken_one(small_run, tmp_path, links):
     """SIGKILL at twenty random moments, and once before every change of a name; inside --sft-steps too.
 
-    With hard links, and where the disk has neither these nor symbolic ones.
+    With hard links, and where the disk has neither these nor symbolic ones. The second kind of kill is made
+    of copies of the folder, taken at these instants of one run: each run up to there would take minutes.
     """
     candidates, qrels = toy_task(2, 5, seed=3, held_out=True)
     write_candidates(tmp_path / "held.jsonl", candidates)
@@ -181,7 +181,7 @@ def test_a_run_that_is_killed_ends_as_the_unbroken_one(small_run, tmp_path, link
     command = [sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{HARNESS}", str(tmp_path), str(tmp_path), links]
     done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    killed, renamed, checked = map(int, done.stdout.split()[:3]); print(done.stdout)
+    killed, renamed, checked = map(int, done.stdout.split())
     whole = contents(tmp_path / "whole")
     assert len(whole["log"]) == 4 and renamed > 60 and checked > 50
     weights = "checkpoint/model.safetensors"
