@@ -578,14 +578,15 @@ def main(argv: list[str] | None = None) -> int:
     no_effect = (
         (is_toy, "data qrels eval_data eval_qrels plan memory gpus prompt", "needs --model"),
         (not is_toy, "teacher_graded eval_queries eval_seed", "belongs to the toy run, without --model"),
-        (not settings.eval_data, "eval_qrels", "has no effect without --eval-data"),
+        (not is_toy and not settings.eval_data, "eval_qrels eval_every", "has no effect without --eval-data"),
         (not settings.plan, "memory gpus", "has no effect without --plan"),
         (not settings.sft_steps, "sft_lr", "has no effect without --sft-steps"))
     for applies, names, reason in no_effect:
         if applies:
             refuse(settings, names.split(), reason)
     if is_toy and (settings.window > 20 or settings.dtype == "bfloat16"):
-        raise InputError("the toy has float32 weights and words up to [20]: expected --window <= 20")
+        raise InputError("the toy's words end at [20] and its weights are float32: --window 21 or more and "
+                         "--dtype bfloat16 need --model")
     if settings.qrels and settings.data == ["auto"]:
         raise InputError("--qrels: expected --data with the candidates that they judge")
     run = toy_run if is_toy else train_model

@@ -150,24 +150,24 @@ class Options:
                                  "server.", group="model")
     prompt: str = setting("rearank", "The prompt the model was trained with (rankgpt: zero-shot).",
                           choices=tuple(PROMPTS))
-    think: bool = setting(True, "Let the model reason; --no-think fills in an empty think block.")
-    server: str = setting("", "An OpenAI-compatible server, http://host:8000/v1, instead of a model here.")
-    device: str = setting("auto", "cuda, mps, cpu or auto.")
-    dtype: str = setting("auto", "Precision; auto: bfloat16, but float32 on CPUs that lack bfloat16.",
-                         choices=("auto", "float32", "bfloat16"))
     window: int = setting(20, "Passages in a window.", minimum=2, group="windows and answers")
     stride: int = setting(10, "Ranks by which the window slides.", minimum=1)
+    think: bool = setting(True, "Let the model reason; --no-think fills in an empty think block.")
     temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", minimum=0)
     samples: int = setting(1, "Answers per window, fused by reciprocal ranks.", minimum=1)
-    seed: int = setting(0, "Seed of the sampling.")
     passage_chars: int = setting(0, "Characters of a passage that are shown; 0: the prompt's own.", minimum=0)
     max_new_tokens: int = setting(2048, "Longest answer.", minimum=1)
     max_prompt_tokens: int = setting(4096, "Longer prompts are shortened: first the query, then passages.",
                                      minimum=1)
-    max_num_seqs: int = setting(32, "Windows (of different queries) answered at a time.", minimum=1,
-                                group="memory and server")
+    max_num_seqs: int = setting(32, "Windows (of different queries) answered at a time.", minimum=1)
+    seed: int = setting(0, "Seed of the sampling.")
+    server: str = setting("", "An OpenAI-compatible server, http://host:8000/v1, instead of a model here.",
+                          group="server")
     concurrency: int = setting(8, "Requests in flight at the server.", minimum=1)
     timeout: float = setting(600.0, "Seconds to wait for an answer of the server.", minimum=0.1)
+    device: str = setting("auto", "cuda, mps, cpu or auto.", group="device")
+    dtype: str = setting("auto", "Precision; auto: bfloat16, but float32 on CPUs that lack bfloat16.",
+                         choices=("auto", "float32", "bfloat16"))
 
 
 @dataclasses.dataclass

@@ -68,7 +68,7 @@ def command_line(settings: type, argv: list[str] | None = None, description: str
         parser.exit = lambda status=0, message=None: sys.exit(status)
     typed = vars(parser.parse_intermixed_args(argv))  # options may stand between positional arguments
     for name, bound in minimum.items():
-        if bound is not None and name in typed and typed[name] < bound:
+        if bound is not None and name in typed and not typed[name] >= bound:  # NaN is not either
             option = "--" + name.replace("_", "-")
             parser.error(f"argument {option}: expected at least {bound}, found {typed[name]}")
     result = settings(**default_of | typed)

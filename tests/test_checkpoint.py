@@ -12,7 +12,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model import load_agent
+from model import Agent, load_agent
 from support import checkpoint
 from support.checkpoint import reading, save_adapter, write_model
 from support.cli import InputError
@@ -258,6 +258,16 @@ def test_a_written_checkpoint_says_whether_the_head_is_tied(saved, toy, tmp_path
     if config["tie_word_embeddings"]:  # what loaders do that go by the config alone
         theirs.lm_head.weight = theirs.model.embed_tokens.weight
     torch.testing.assert_close(theirs(ids).logits, agent.model(ids).logits)
+
+
+def test_scaled_position_embeddings_are_written_for_older_readers_too(tmp_path, toy):
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+    model = tiny_model(kind="llama", rope_parameters=rope)
+    write_model(Agent(model, toy.tokenizer, [1]), tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["rope_theta"] == 500.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    again, ids = load_agent(str(tmp_path / "model"), "cpu"), torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(again.model(ids).logits, model(ids).logits)
 
 
 # --- tokenizers

@@ -74,9 +74,9 @@ def test_the_plan_of_an_update_is_within_15_percent_of_its_counted_peak(monkeypa
         num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied)
     monkeypatch.setattr(model_module, "rms_norm", lambda module, x: FusedRMSNorm.apply(x, module.weight))
     P, T, G = 2200, 512, 16  # two micro-batches: the second finds the gradients of the first
-    settings = TrainSettings(beta=0.0, offload=True, checkpointing=checkpointing, group_size=G, max_num_seqs=G,
-                             microbatch_tokens=8 * T, prompt_batch_tokens=P, max_prompt_tokens=P,
-                             max_new_tokens=T)
+    settings = TrainSettings(beta=0.0, offload=True, checkpointing=checkpointing, group_size=G,
+                             max_num_seqs=G, microbatch_tokens=8 * T, prompt_batch_tokens=P,
+                             max_prompt_tokens=P, max_new_tokens=T)
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         optimizer = MasterAdamW.__new__(MasterAdamW)  # its sums of gradients alone: the rest is in the host
