@@ -1,14 +1,14 @@
-"""Evaluate TREC runs: what NIST's trec_eval 10 prints, byte for byte, and whether one run is really better.
+"""Evaluate TREC runs as NIST's trec_eval 10 does, byte for byte, and test whether one run is really better.
 
     python eval.py QRELS RUN                       the default measures, as trec_eval prints them
     python eval.py QRELS RUN -m ndcg_cut.5,10 -q   choose measures and cutoffs; -q adds a line for each query
     python eval.py QRELS BM25 RERANKED ...         a table: means, 95 % intervals, tests against the first run
     python eval.py --bright RUNS_FOLDER            BRIGHT's headline: NDCG@10 of the splits and their mean
 
-The paper's tables are ndcg_cut_10 x 100. How it works: `judge` sorts each query's documents and notes where
-those with a judgement stand; each measure is then a few lines of numpy over the judged documents of all
-queries. Sums are plain ones, in trec_eval's order (by rank, then by query): not even the last digit differs.
-Python's sum() is not plain from 3.12 on.
+The paper's tables show ndcg_cut_10 x 100. How it works: `judge` sorts each query's documents and notes the
+ranks of those with a judgement. Each measure is then a few lines of numpy over the judged documents of all
+queries. Sums are plain and in trec_eval's order (by rank, then by query), so that the last digit is the same.
+(From Python 3.12 on, sum() compensates for rounding, so it is not used.)
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data import (BRIGHT_SPLITS, UTF8, InputError, bright_file, cache_folder, command_line, read_excluded,
-                  read_qrels, read_run, read_trec, run_main, setting)
+from data import BRIGHT_SPLITS, bright_file, read_excluded
+from support.cli import InputError, command_line, run_main, setting
+from support.download import cache_folder
+from support.files import UTF8, read_qrels, read_run, read_trec
 
 # ------------------------------------------------------------------------------------------------------------
-# Who was retrieved where, and what the assessors said
+# The ranks and labels of the judged documents
 
 
 @dataclasses.dataclass
 class Judged:
-    """A run seen by the measures. Q queries; m retrieved documents with a judgement; p judgements in all.
-    Documents without a judgement need no rows: they only push others down. Labels below 0 count for nothing.
+    """A run as the measures see it: Q queries, m retrieved documents with a judgement, p judgements in all.
+
+    Documents without a judgement need no rows: they only push others down. Labels below 0 are left out.
     """
 
     qids: list[bytes]        # (Q) evaluated queries, in byte order
@@ -47,8 +50,10 @@ class Judged:
 
 
 def judge(qrels: dict[bytes, dict[bytes, int]], run: dict[bytes, dict[bytes, float]], level: int) -> Judged:
-    """Rank the run and look up its labels, for the queries in both: {qid: {docid: label or score}}.
-    The order is trec_eval's: score falling, equal scores by docid falling, in bytes.
+    """Rank the run and look up its labels, for the queries that both have.
+
+    qrels {qid: {docid: label}}, run {qid: {docid: score}}. Documents are ordered as in trec_eval: by falling
+    score, equal scores by falling docid (as bytes). Labels of at least `level` count as relevant.
     """
     qids, found, pool = sorted(qrels.keys() & run.keys()), [], []  # (query, rank, label) and (query, label)
     for number, qid in enumerate(qids):
@@ -70,14 +75,14 @@ EVERYTHING = sys.maxsize  # the cutoff of a measure that has none
 
 
 def places(query: np.ndarray) -> np.ndarray:
-    """(n,) 1, 2, 3, ... along the rows of each query, which stand together."""
+    """(n,): number the rows of each query 1, 2, 3, ... Rows of a query are neighbours."""
     at = np.arange(len(query))
     first = np.where(np.append(True, query[1:] != query[:-1])[:len(query)], at, 0)
     return at - np.maximum.accumulate(first) + 1
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, 0 where the whole is 0 (a query without anything relevant has 0 in all measures)."""
+    """part / whole, or 0 where the whole is 0: a query without relevant documents has 0 in all measures."""
     return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
 
 
@@ -106,7 +111,7 @@ def average_precision(j: Judged, k: int) -> np.ndarray:
 
 
 def bpref(j: Judged, k: int) -> np.ndarray:
-    """Of the judged nonrelevant documents (N; the first R count), how few stand above each relevant one."""
+    """For each relevant document, how few of the first R judged nonrelevant ones are ranked above it."""
     relevant = j.label >= j.level
     query = j.query[relevant]
     above = places(j.query)[relevant] - places(query)  # judged nonrelevant documents ranked higher
@@ -116,9 +121,10 @@ def bpref(j: Judged, k: int) -> np.ndarray:
 
 
 def normalized_dcg(j: Judged, k: int) -> np.ndarray:
-    """The sum of label / log2(1 + rank) over the first k, over that of the best possible ranking.
-    The gain is the label itself, whatever the level; the best ranking has all judged documents, retrieved or
-    not. (As reward.ndcg, for all queries at once. numpy's log2 differs from math's in some last bits.)
+    """The sum of label / log2(1 + rank) over the first k, divided by that of the best possible ranking.
+
+    The gain is the label itself, whatever `level` is. The best ranking has all judged documents, retrieved or
+    not. (This is reward.ndcg for all queries at once; numpy's log2 differs from math's in some last bits.)
     """
     def dcg(query, rank, label):
         query, rank, label = (column[(rank <= k) & (label > 0)] for column in (query, rank, label))
@@ -161,7 +167,9 @@ def did_you_mean(name: str) -> str:
 
 def parse_measures(names: Sequence[str], merge: bool = True) -> dict[str, list[int]]:
     """{measure: its cutoffs, rising} in trec_eval's order, from names like "ndcg_cut.5,10".
-    Of several lists for one measure trec_eval uses the first only; `merge` unites them.
+
+    If a measure is given several lists of cutoffs, trec_eval uses the first; `merge` unites them. InputError
+    for an unknown measure.
     """
     lists: dict[str, list[list[int]]] = {}
     for name in names:
@@ -218,8 +226,10 @@ def evaluate(qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]],
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 10_000,
                        level: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high): the mean over queries, and where it falls in `level` of the samples drawn from them
-    with replacement (the percentile method, Efron). ValueError without any values.
+    """(mean, low, high): the mean over queries and its bootstrap interval. ValueError without values.
+
+    The interval holds a share `level` of the means of samples that are drawn from the queries with
+    replacement (Efron's percentile method).
     """
     values = np.asarray(values, float)
     if not len(values):
@@ -233,10 +243,11 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 
 
 def randomisation_test(deltas: Sequence[float], seed: int = 0, samples: int = 10_000,
                        exact: int = 16) -> float:
-    """Two-sided p-value of paired differences: were the runs alike, each could as well have the other sign.
-    The share of sign patterns whose sum is at least as far from 0 as the one seen (Fisher): of all 2^n for at
-    most `exact` differences that are not 0, else of `samples` random ones and the one seen, so that p is
-    never 0 (Davison and Hinkley's +1).
+    """Two-sided p-value of paired differences, by Fisher's randomisation test.
+
+    If the runs were alike, each difference could as well have the other sign. p is the share of sign patterns
+    whose sum is at least as far from 0 as the observed one: among all 2^n for at most `exact` differences
+    that are not 0, else among `samples` random patterns and the observed one (so that p is never 0).
     """
     deltas = np.asarray(deltas, float)
     deltas = deltas[deltas != 0]
@@ -256,7 +267,7 @@ def randomisation_test(deltas: Sequence[float], seed: int = 0, samples: int = 10
 
 
 @dataclasses.dataclass
-class Settings:
+class EvalSettings:
     """Evaluate TREC runs as NIST's trec_eval does, and compare several."""
 
     judgements: str = setting("", "lines `qid iter docid label`", positional=True, nargs="?", metavar="QRELS")
@@ -266,7 +277,7 @@ class Settings:
                                  f"{' '.join(DEFAULT)})", flags=("-m",), action="append", metavar="NAME")
     queries: bool = setting(False, "a line for each query too; of several runs differences", flags=("-q",))
     complete: bool = setting(False, "judged queries that the run lacks count as 0", flags=("-c",))
-    level: int = setting(1, "least label that is relevant, for all but ndcg", flags=("-l",), least=0)
+    level: int = setting(1, "least label that is relevant, for all but ndcg", flags=("-l",), minimum=0)
     seed: int = setting(0, "seed of intervals and tests")
     json: bool = setting(False, "the numbers as JSON")
     bright: str = setting("", "instead of all that: a folder with a run of each BRIGHT split (biology.trec)")
@@ -276,9 +287,10 @@ class Settings:
 
 
 def evaluate_file(qrels: dict[bytes, dict[bytes, int]], path: str, measures: dict[str, list[int]],
-                  settings: Settings) -> dict:
-    """{"run": path, "queries": {qid: {name: value}} in byte order, "totals": {name: value}, the "all" lines}.
-    InputError where the run has no query in common with the judgements.
+                  settings: EvalSettings) -> dict:
+    """{"run": path, "queries": {qid: {name: value}} in byte order, "totals": the "all" lines' values}.
+
+    InputError if the run has no query in common with the judgements.
     """
     judged = judge(qrels, read_trec(path, "run"), settings.level)
     if not judged.qids:
@@ -311,9 +323,10 @@ def progress(items, name: str):
     return tqdm(items, name, leave=False, disable=None)
 
 
-def compare(results: list[dict], judged: list[str], settings: Settings) -> list[dict]:
-    """One dict a run: totals, or means with 95 % intervals and the paired difference from the first run.
-    Differences are over the queries of both runs; with -c over all of `judged`, the judgements' queries.
+def compare(results: list[dict], judged: list[str], settings: EvalSettings) -> list[dict]:
+    """One dict per run: totals, or means with 95 % intervals and the paired difference from the first run.
+
+    Differences are over the queries of both runs; with -c, over all queries of the judgements, `judged`.
     """
     def column(queries, name, qids):
         return np.array([queries[qid][name] if qid in queries else 0.0 for qid in qids])
@@ -342,7 +355,7 @@ def compare(results: list[dict], judged: list[str], settings: Settings) -> list[
 
 
 def table_lines(rows: list[dict]) -> str:
-    """One table a measure, one row a run; above them, if asked for, each query's value and differences."""
+    """One table per measure, one row per run; above them, if asked for, the values of each query."""
     lines, width = [], max(len(row["run"]) for row in rows)
     head = "  queries    mean   95 % interval     difference from the first       p"
     for qid, values in rows[0].get("queries", {}).items():
@@ -364,8 +377,9 @@ def table_lines(rows: list[dict]) -> str:
     return "\n".join(lines).lstrip("\n")
 
 
-def bright_table(settings: Settings) -> None:
-    """Print NDCG@10 x 100 of each BRIGHT split, a query without results counted 0, and their plain mean.
+def bright_table(settings: EvalSettings) -> None:
+    """Print NDCG@10 x 100 of each BRIGHT split and their unweighted mean. Queries without results count 0.
+
     Excluded documents leave the runs, never the judgements (paper section 4).
     """
     means, folder = [], settings.qrels or cache_folder() / "bright"
@@ -389,7 +403,7 @@ def bright_table(settings: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    settings = command_line(Settings, argv, __doc__, "eval.py")
+    settings = command_line(EvalSettings, argv, __doc__, "eval.py")
     if bool(settings.bright) == bool(settings.runs) or not settings.bright and settings.qrels:
         raise InputError("expected QRELS and at least one RUN, or --bright RUNS_FOLDER (with --qrels FOLDER)")
     if settings.bright:

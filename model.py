@@ -15,28 +15,21 @@ V vocabulary, H query heads, K key-value heads, n = H / K query heads to a key-v
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
-import tokenizers
 import torch
 import torch.nn.functional as F
-import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
-from transformers.utils import find_adapter_config_file, logging
+from transformers import AutoModelForCausalLM
 
-from data import InputError, hub_answers
+from support.checkpoint import (check_folder, check_tokenizer, load_tokenizer, load_weights, read_config,
+                                reading)
+from support.cli import InputError
+from support.memory import count_parameters, free_memory
 
 # cuDNN's attention, torch's first choice on Hopper cards, gave NaN gradients at some lengths (pytorch issue
 # 196678), and it plans anew for every shape it meets, which here is nearly every call.
@@ -151,12 +144,12 @@ def encode_prompts(model, prompts: Sequence[Sequence[int]], checkpointing: bool 
     return EncodedPrompts(list(keys.values()), list(values.values()), sizes, hidden[:, 0])
 
 
-def chunks(prompts: Sequence[Sequence[int]], prompt_tokens: int) -> Iterator[slice]:
-    """Slices of neighbours that make at most `prompt_tokens` padded tokens (at least one prompt in each)."""
+def chunks(prompts: Sequence[Sequence[int]], tokens: int) -> Iterator[slice]:
+    """Slices of neighbouring prompts, each at most `tokens` padded tokens, and at least one prompt."""
     start = 0
     while start < len(prompts):
         end, longest = start + 1, len(prompts[start])
-        while end < len(prompts) and max(longest, len(prompts[end])) * (end + 1 - start) <= prompt_tokens:
+        while end < len(prompts) and max(longest, len(prompts[end])) * (end + 1 - start) <= tokens:
             longest, end = max(longest, len(prompts[end])), end + 1
         yield slice(start, end)
         start = end
@@ -168,11 +161,11 @@ def chunks(prompts: Sequence[Sequence[int]], prompt_tokens: int) -> Iterator[sli
 # normaliser, the sum of exp(scores). So a prompt's part can be one matrix product for all rows that share it.
 
 
-def attention_scores(query: Tensor, keys: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
-    """query [B, K, N, D] against keys [B, K, P, D]: scaling * products + bias, [B, K, N, P], in float32.
+def attention_scores(query: Tensor, keys: Tensor, scaling: float, attn_bias: Tensor | None = None) -> Tensor:
+    """query [B, K, N, D], keys [B, K, P, D] -> scaling * products + attn_bias, [B, K, N, P], in float32.
 
-    Large scores would be off by whole units in bfloat16. Its factors may be; their products are kept in
-    float32, for which CUDA's matrix product has an option and the others' have not.
+    In bfloat16 large scores would be off by whole units. So the products of bfloat16 factors are kept in
+    float32. CUDA's matrix product has an option for it; on other devices the factors are converted.
     """
     if query.is_cuda and query.dtype != torch.float32:
         query, keys, heads = query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), query.shape[:2]
@@ -180,17 +173,17 @@ def attention_scores(query: Tensor, keys: Tensor, scaling: float, bias: Tensor |
     else:
         scores = query.float() @ keys.float().transpose(-1, -2)
     scores *= scaling
-    return scores if bias is None else scores.add_(bias)
+    return scores if attn_bias is None else scores.add_(attn_bias)
 
 
 def attend_part(query: Tensor, keys: Tensor, values: Tensor, scaling: float,
-                bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                attn_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention to one part of what a token may read.
 
-    query [B, K, N, D]; keys, values [B, K, P, D]; bias, -inf at places out of sight, as [B, K, N, P] or
-    smaller. Returns the output [B, K, N, D] and the lse [B, K, N, 1], both float32.
+    query [B, K, N, D]; keys, values [B, K, P, D]; attn_bias, -inf where attention is masked, [B, K, N, P]
+    or broadcastable to it. Returns the output [B, K, N, D] and the lse [B, K, N, 1], both float32.
     """
-    scores = attention_scores(query, keys, scaling, bias)
+    scores = attention_scores(query, keys, scaling, attn_bias)
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
@@ -198,14 +191,14 @@ def attend_part(query: Tensor, keys: Tensor, values: Tensor, scaling: float,
 
 
 def attend_part_backward(grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor,
-                         scaling: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                         scaling: float, attn_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, keys and values through one part, from the output and the lse of the whole.
 
     The softmax's textbook backward pass, dS = P * (dP - rowsum(dO * O)). It holds for each part by itself,
     since under the lse of the whole P are the weights that the part has in the whole. Shapes as in
     `attend_part`; scores are computed again just as there, or P would not sum to one in bfloat16.
     """
-    weights = attention_scores(query, keys, scaling, bias).sub_(lse).exp_()  # P
+    weights = attention_scores(query, keys, scaling, attn_bias).sub_(lse).exp_()  # P
     dscores = attention_scores(grad, values, scaling)  # dP, scaled
     dscores -= scaling * (grad.float() * out.float()).sum(-1, keepdim=True)
     dscores = dscores.mul_(weights).to(query.dtype)  # dS
@@ -228,9 +221,10 @@ class SharedAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, prompt_keys, prompt_values, parts, scaling):
         (_, H, T, D), K = query.shape, key.shape[1]
         ctx.parts, ctx.scaling = parts, scaling
-        ctx.bias = torch.full((T, T), -torch.inf, device=query.device).triu(1).repeat(H // K, 1)  # [n T, T]
+        causal = torch.full((T, T), -torch.inf, device=query.device).triu(1)
+        ctx.attn_bias = causal.repeat(H // K, 1)  # [n T, T]
         grouped = query.reshape(-1, K, H // K * T, D)
-        own, own_lse = attend_part(grouped, key, value, scaling, ctx.bias)  # [R, K, n T, D or 1]
+        own, own_lse = attend_part(grouped, key, value, scaling, ctx.attn_bias)  # [R, K, n T, D or 1]
         shared, shared_lse = torch.empty_like(own), torch.empty_like(own_lse)
         for prompt, rows, length in parts:
             where = slice(prompt, prompt + 1), slice(None), slice(length)  # [1, K, length, D] of the prompts
@@ -245,7 +239,8 @@ class SharedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, prompt_keys, prompt_values, out, lse = ctx.saved_tensors
         shape, grad = grad.shape, grad.reshape(query.shape)
-        dquery, dkey, dvalue = attend_part_backward(grad, query, key, value, out, lse, ctx.scaling, ctx.bias)
+        dquery, dkey, dvalue = attend_part_backward(grad, query, key, value, out, lse, ctx.scaling,
+                                                    ctx.attn_bias)
         dkeys, dvalues = torch.zeros_like(prompt_keys), torch.zeros_like(prompt_values)
         for prompt, rows, length in ctx.parts:
             where = slice(prompt, prompt + 1), slice(None), slice(length)
@@ -295,148 +290,156 @@ def pick_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[T
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
-class Cohort:
-    """Answers begun together, a group to each of S prompts; all that are still being written have one length.
+class DecodeBatch:
+    """Answers that were begun together: R rows, a group per prompt, all of one length.
 
-    Of each layer the prompts' keys and values exist once, [S, K, P, D]; the rows' own, `cache` [2, R, K,
-    width, D], has room for more than the `length` tokens read so far. Rows stand in their prompts' order.
-    In bfloat16 places are read by eights, the last of them masked: a GPU's fast products want it so.
+    Per layer, the keys and values of the S prompts exist once, [S, K, P, D]. The rows have `cache` [2, R, K,
+    size, D] for their own, with more room than the `length` tokens read so far. Rows are in the order of
+    their prompts. In bfloat16 the cache is read up to a multiple of 8 (the rest is masked), which the tensor
+    cores of a GPU need.
     """
 
-    def __init__(self, model, prompts: Sequence[Sequence[int]], group: int, answers: Sequence[int]):
-        """Encode `prompts`; `answers` are the numbers of the answers that the rows write."""
+    def __init__(self, model, prompts: Sequence[Sequence[int]], group_size: int, answers: Sequence[int]):
+        """Encode `prompts`. `answers` [R]: the numbers of the answers that the rows write."""
         self.answers, self.prompt_lengths = list(answers), [len(p) for p in prompts]
         at_once = 2048 if model.device.type == "cpu" else 16384  # tokens: a processor's cache is small
         parts = [encode_prompts(model, prompts[chunk]) for chunk in chunks(prompts, at_once)]
-        self.even = 1 if model.dtype == torch.float32 else 8
-        width = -(-max(self.prompt_lengths) // self.even) * self.even
+        self.pad_multiple = 1 if model.dtype == torch.float32 else 8
+        width = -(-max(self.prompt_lengths) // self.pad_multiple) * self.pad_multiple
         self.keys, self.values = (
             [torch.cat([F.pad(x, (0, 0, 0, width - x.shape[2])) for x in layer]) for layer in zip(*kept)]
             for kept in ([part.keys for part in parts], [part.values for part in parts]))
-        self.owner = [p for p in range(len(prompts)) for _ in range(group)]  # [R] each row's prompt
+        # [R] each row's prompt
+        self.prompt_index = [p for p in range(len(prompts)) for _ in range(group_size)]
         self.device = model.device
         self.cache = [x.new_empty(2, len(self.answers), x.shape[1], 0, x.shape[3]) for x in self.keys]
         last_hidden = torch.cat([p.last_hidden for p in parts])
         self.tokens: Tensor | None = None  # [R] each row's newest token, not yet read
         self.arrange()
-        self.advance(0, model.lm_head(last_hidden).repeat_interleave(group, 0))
+        self.advance(0, model.lm_head(last_hidden).repeat_interleave(group_size, 0))
 
     def advance(self, length: int, logits: Tensor) -> None:
-        """`length` tokens of each row have been read; logits [R, V] of the next ones."""
-        self.length, self.logits, self.own_bias = length, logits, None  # [places]
-        self.places = -(-(length + 1) // self.even) * self.even  # of the next step
-        if self.places > length + 1:
-            unread = torch.arange(self.places, device=self.device) > length
-            self.own_bias = torch.where(unread, -torch.inf, 0.0)
+        """Note that `length` tokens of each row have been read, which gave the next token's logits [R, V]."""
+        self.length, self.logits, self.own_attn_bias = length, logits, None  # [cache_length]
+        self.cache_length = -(-(length + 1) // self.pad_multiple) * self.pad_multiple  # at the next step
+        if self.cache_length > length + 1:
+            unread = torch.arange(self.cache_length, device=self.device) > length
+            self.own_attn_bias = torch.where(unread, -torch.inf, 0.0)
 
     def arrange(self) -> None:
-        """Where rows stand when they meet their prompts as [S, G]; G is the largest group still alive."""
+        """Map the live rows to slots [S, G], one line per prompt; G is the largest group still alive."""
         lengths, width = torch.tensor(self.prompt_lengths), self.keys[0].shape[2]
-        rank = [r - self.owner.index(p) for r, p in enumerate(self.owner)]  # among those of its prompt
-        grid = torch.zeros(len(lengths), max(rank) + 1, dtype=torch.long)  # elsewhere row 0, unread
-        grid[self.owner, rank] = torch.arange(len(rank))
-        self.grid = grid.to(self.device)
-        self.cell = torch.tensor(self.owner, device=self.device), torch.tensor(rank, device=self.device)
-        self.starts = lengths[self.owner].to(self.device)  # [R]
-        self.bias = None  # [S, 1, 1, P], -inf where a prompt has padding
+        # [R] each row's place in its group
+        place = [r - self.prompt_index.index(p) for r, p in enumerate(self.prompt_index)]
+        slots = torch.zeros(len(lengths), max(place) + 1, dtype=torch.long)  # an empty slot repeats row 0
+        slots[self.prompt_index, place] = torch.arange(len(place))
+        self.slots = slots.to(self.device)
+        index = torch.tensor(self.prompt_index, device=self.device)
+        self.slot_of_row = index, torch.tensor(place, device=self.device)
+        self.starts = lengths[self.prompt_index].to(self.device)  # [R]
+        self.attn_bias = None  # [S, 1, 1, P], -inf where a prompt has padding
         if min(self.prompt_lengths) < width:
-            bias = torch.zeros(len(lengths), width).masked_fill_(~token_mask(lengths, width), -torch.inf)
-            self.bias = bias[:, None, None].to(self.device)
+            attn_bias = torch.zeros(len(lengths), width).masked_fill_(~token_mask(lengths, width), -torch.inf)
+            self.attn_bias = attn_bias[:, None, None].to(self.device)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Only these rows go on, and the prompts that they read."""
-        alive, all_prompts = sorted({self.owner[r] for r in rows}), len(self.prompt_lengths)
+        """Drop all rows but these, and the prompts that no row reads any more."""
+        alive, all_prompts = sorted({self.prompt_index[r] for r in rows}), len(self.prompt_lengths)
         index, kept = torch.tensor(rows, device=self.device), torch.tensor(alive, device=self.device)
-        for layer in range(len(self.cache)):  # one at a time: all of them twice would be much memory
+        for layer in range(len(self.cache)):  # one at a time, to save memory
             self.cache[layer] = self.cache[layer][:, index]
             if len(alive) < all_prompts:
                 self.keys[layer], self.values[layer] = self.keys[layer][kept], self.values[layer][kept]
-        self.owner, self.answers = [alive.index(self.owner[r]) for r in rows], [self.answers[r] for r in rows]
-        self.tokens, self.prompt_lengths = self.tokens[index], [self.prompt_lengths[p] for p in alive]
+        self.prompt_index = [alive.index(self.prompt_index[r]) for r in rows]
+        self.answers = [self.answers[r] for r in rows]
+        self.tokens = self.tokens[index]
+        self.prompt_lengths = [self.prompt_lengths[p] for p in alive]
         self.arrange()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Of each row's newest token: query, and what is returned, [R, H, 1, D]; key, value [R, K, 1, D]."""
+        """Attention of each row's newest token. query, result [R, H, 1, D]; key, value [R, K, 1, D]."""
         (R, H, _, D), K = query.shape, key.shape[1]
-        if self.length == self.cache[layer].shape[3]:  # full: half as much room again
+        if self.length == self.cache[layer].shape[3]:  # full: make half as much room again
             self.cache[layer] = F.pad(self.cache[layer], (0, 0, 0, max(32, self.length // 16 * 8)))
         self.cache[layer][:, :, :, self.length] = torch.stack([key, value])[:, :, :, 0]
         query = query.view(R, K, H // K, D)
-        cache = self.cache[layer][:, :, :, :self.places]
-        own, own_lse = attend_part(query, *cache, scaling, self.own_bias)
-        grid = query[self.grid].transpose(1, 2).flatten(2, 3)  # [S, K, G n, D]
-        parts = attend_part(grid, self.keys[layer], self.values[layer], scaling, self.bias)
-        shared, shared_lse = (x.unflatten(2, (-1, H // K)).transpose(1, 2)[self.cell] for x in parts)
+        cache = self.cache[layer][:, :, :, :self.cache_length]
+        own, own_lse = attend_part(query, *cache, scaling, self.own_attn_bias)
+        by_prompt = query[self.slots].transpose(1, 2).flatten(2, 3)  # [S, K, G n, D]
+        parts = attend_part(by_prompt, self.keys[layer], self.values[layer], scaling, self.attn_bias)
+        shared, shared_lse = (x.unflatten(2, (-1, H // K)).transpose(1, 2)[self.slot_of_row] for x in parts)
         return join(own, own_lse, shared, shared_lse).to(value.dtype).view(R, H, 1, D)
 
 
-def read_tokens(model, cohorts: Sequence[Cohort]) -> None:
+def read_tokens(model, batches: Sequence[DecodeBatch]) -> None:
     """Let the model read each row's newest token, which gives the logits of its next one.
 
-    One forward pass for all cohorts, in which only attention is a cohort's own. So a young row reads the few
-    places that it has filled, not as many as the oldest row has.
+    One forward pass for all batches. Only attention is separate: a row begun later then reads the few tokens
+    that it has, not as many as the oldest row.
     """
-    rows = [len(cohort.answers) for cohort in cohorts]
+    rows = [len(batch.answers) for batch in batches]
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        parts = zip(cohorts, query.split(rows), key.split(rows), value.split(rows))
-        return torch.cat([cohort.attend(layer, q, k, v, scaling) for cohort, q, k, v in parts])
+        parts = zip(batches, query.split(rows), key.split(rows), value.split(rows))
+        return torch.cat([batch.attend(layer, q, k, v, scaling) for batch, q, k, v in parts])
 
-    tokens = torch.cat([cohort.tokens for cohort in cohorts])[:, None]  # [R, 1], R of all cohorts together
-    positions = torch.cat([cohort.starts + cohort.length for cohort in cohorts])[:, None]
+    tokens = torch.cat([batch.tokens for batch in batches])[:, None]  # [R, 1], R of all batches together
+    positions = torch.cat([batch.starts + batch.length for batch in batches])[:, None]
     logits = model.lm_head(forward(model, tokens, positions, attend)[:, 0])  # [R, V]
-    for cohort, part in zip(cohorts, logits.split(rows)):
-        cohort.advance(cohort.length + 1, part)
+    for batch, part in zip(batches, logits.split(rows)):
+        batch.advance(batch.length + 1, part)
 
 
 @torch.inference_mode()
-def sample(model, prompts: Sequence[Sequence[int]], group: int = 1, max_new_tokens: int = 2048,
+def sample(model, prompts: Sequence[Sequence[int]], group_size: int = 1, max_new_tokens: int = 2048,
            temperature: float = 1.0, stop_ids: Sequence[int] = (), seed: int | Sequence[int] = 0,
-           max_rows: int = 128, progress: Callable[[int], None] | None = None,
+           max_num_seqs: int = 128, progress: Callable[[int], None] | None = None,
            first: int = 0) -> list[list[Completion]]:
-    """Draw `group` answers to each prompt. Returns one list of completions per prompt, in the prompts' order.
+    """Draw `group_size` answers to each prompt. Returns one list of completions per prompt, in their order.
 
-    Each prompt is encoded once for its whole group. Rows that have ended leave, and when a quarter of the
-    rows is free the next prompts come in: up to `max_rows` answers (one group at least) are written at a
-    time. The same seed, or one for each prompt, gives the same tokens whatever `max_rows` is (up to
-    rounding), and whether these are all the prompts of a batch or those from number `first` on. `progress`
-    is called with the number of answers just ended.
+    Each prompt is encoded once for its whole group. Up to `max_num_seqs` answers (at least one group) are
+    written at a time: answers that have ended make room, and when a quarter is free the next prompts come
+    in. `seed` is one number, or one per prompt. The same seed gives the same tokens (up to rounding) whatever
+    `max_num_seqs` is, and whether `prompts` are a whole batch or its part from number `first` on. `progress`
+    is called with the number of answers that have just ended.
     """
-    total, begun, cohorts = len(prompts) * group, 0, []
+    total, begun, batches = len(prompts) * group_size, 0, []
     numbers = max_new_tokens if temperature else 1
-    seeds = [(seed, first * group + total)] if isinstance(seed, int) else [(one, group) for one in seed]
+    seeds = [(one, group_size) for one in seed] if not isinstance(seed, int) else [
+        (seed, first * group_size + total)]
     uniforms = torch.cat([torch.rand(n, numbers, generator=torch.Generator().manual_seed(one))
                           for one, n in seeds])[-total:].to(model.device)  # one for each token of each answer
-    answers = [Completion([], False) for _ in range(total)]  # answer a belongs to prompt a // group
-    most = max(group, min(max_rows, total))
-    while begun < len(prompts) or cohorts:
-        free = most - sum(len(cohort.answers) for cohort in cohorts)
-        if begun < len(prompts) and free >= max(group, most // 4):
-            end = min(begun + free // group, len(prompts))
-            written = [Cohort(model, prompts[begun:end], group, range(begun * group, end * group))]
-            cohorts, begun = cohorts + written, end
+    answers = [Completion([], False) for _ in range(total)]  # number a: to prompt a // group_size
+    most = max(group_size, min(max_num_seqs, total))
+    while begun < len(prompts) or batches:
+        free = most - sum(len(batch.answers) for batch in batches)
+        if begun < len(prompts) and free >= max(group_size, most // 4):
+            end = min(begun + free // group_size, len(prompts))
+            numbers_of_rows = range(begun * group_size, end * group_size)
+            written = [DecodeBatch(model, prompts[begun:end], group_size, numbers_of_rows)]
+            batches, begun = batches + written, end
         else:
-            read_tokens(model, cohorts)
-            written = cohorts
-        for cohort in written:
-            drawn = uniforms[cohort.answers, cohort.length if temperature else 0]
-            cohort.tokens, logps = pick_tokens(cohort.logits, temperature, drawn)
-            for a, token, logp in zip(cohort.answers, cohort.tokens.tolist(), logps.tolist()):
+            read_tokens(model, batches)
+            written = batches
+        for batch in written:
+            drawn = uniforms[batch.answers, batch.length if temperature else 0]
+            batch.tokens, logps = pick_tokens(batch.logits, temperature, drawn)
+            for a, token, logp in zip(batch.answers, batch.tokens.tolist(), logps.tolist()):
                 if not answers[a].finished:
                     answers[a].ids.append(token)
                     answers[a].logps.append(logp)
                     answers[a].finished = token in stop_ids
-            going = [r for r, a in enumerate(cohort.answers)
+            going = [r for r, a in enumerate(batch.answers)
                      if not answers[a].finished and len(answers[a].ids) < max_new_tokens]
-            ended = len(cohort.answers) - len(going)
-            if 8 * ended >= len(cohort.answers):  # not each alone: the others' caches are copied
+            ended = len(batch.answers) - len(going)
+            if 8 * ended >= len(batch.answers):  # not for each one: the caches of the others are copied
                 if going:
-                    cohort.keep(going)
+                    batch.keep(going)
                 else:
-                    cohorts = [other for other in cohorts if other is not cohort]
+                    batches = [other for other in batches if other is not batch]
                 if progress:
                     progress(ended)
-    return [answers[p * group:(p + 1) * group] for p in range(len(prompts))]
+    return [answers[p * group_size:(p + 1) * group_size] for p in range(len(prompts))]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -454,9 +457,9 @@ class Microbatch:
 
 
 def microbatches(model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
-                 groups: Sequence[int] | None = None, temperature: float = 1.0, answer_tokens: int = 8192,
-                 prompt_tokens: int = 8192, checkpointing: bool = False) -> Iterator[Microbatch]:
-    """All answers, at most `answer_tokens` padded tokens at a time; with gradients, if they are enabled:
+                 groups: Sequence[int] | None = None, temperature: float = 1.0, microbatch_tokens: int = 8192,
+                 prompt_batch_tokens: int = 8192, checkpointing: bool = False) -> Iterator[Microbatch]:
+    """All answers, at most `microbatch_tokens` padded tokens at a time; with gradients, if they are enabled:
 
         for batch in microbatches(model, prompts, answers):
             loss_of(batch).backward()  # goes on through a prompt when all its answers have been here
@@ -471,7 +474,7 @@ def microbatches(model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequ
         raise ValueError("expected a temperature above 0 and no empty answer")
     groups = range(len(prompts)) if groups is None else groups
     G = len(answers) // max(1, len(prompts))
-    for chunk in chunks([prompts[g] for g in groups], prompt_tokens):
+    for chunk in chunks([prompts[g] for g in groups], prompt_batch_tokens):
         encoded = encode_prompts(model, [prompts[g] for g in groups[chunk]], checkpointing)
         layers = len(encoded.keys)
         outputs = [*encoded.keys, *encoded.values, encoded.last_hidden]  # all that answers see of a prompt
@@ -481,37 +484,39 @@ def microbatches(model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequ
         waiting = [(s, g * G + i) for s, g in enumerate(groups[chunk]) for i in range(G)]
         waiting.sort(key=lambda pair: -len(answers[pair[1]]))
         while waiting:
-            count = max(1, answer_tokens // len(answers[waiting[0][1]]))
-            owner, rows = zip(*sorted(waiting[:count]))
+            count = max(1, microbatch_tokens // len(answers[waiting[0][1]]))
+            prompt_index, rows = zip(*sorted(waiting[:count]))
             waiting = waiting[count:]
-            logps = answer_logps(model, cut, owner, [answers[r] for r in rows], temperature, checkpointing)
-            yield Microbatch(torch.tensor(rows, device=model.device), *logps)
+            logps, entropy, lengths = answer_logps(model, cut, prompt_index, [answers[r] for r in rows],
+                                                   temperature, checkpointing)
+            yield Microbatch(torch.tensor(rows, device=model.device), logps, entropy, lengths)
         reached = [(x, leaf.grad) for x, leaf in zip(outputs, leaves) if leaf.grad is not None]
         if reached:
             torch.autograd.backward(*zip(*reached))
 
 
-def answer_logps(model, prompts: EncodedPrompts, owner: Sequence[int], answers: Sequence[Sequence[int]],
-                 temperature: float = 1.0, checkpointing: bool = False,
+def answer_logps(model, prompts: EncodedPrompts, prompt_index: Sequence[int],
+                 answers: Sequence[Sequence[int]], temperature: float = 1.0, checkpointing: bool = False,
                  chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of R answers given their prompts, by a forward pass over the answers alone.
 
-    `owner`, ascending, says which of the S encoded prompts each answer belongs to. Returns logps and entropy
-    [R, T] (0 at padding) and lengths [R]. [R, T, V] never exists: hidden states meet the vocabulary where
-    there is a token, `chunk` tokens at a time, and a chunk's logits are computed again going backward.
+    `prompt_index` [R], ascending: which of the S encoded prompts each answer belongs to. Returns logps and
+    entropy [R, T] (0 at padding) and lengths [R]. Logits [R, T, V] never exist: the LM head is applied to
+    `chunk` answer tokens at a time, and a chunk's logits are computed again in the backward pass.
     """
     ids = padded(answers, model.device)  # [R, T]
     (R, T), device = ids.shape, ids.device
-    hidden = prompts.last_hidden[torch.tensor(owner, device=device)][:, None]  # predicts the first token
+    # The prompt's last hidden state predicts the first token.
+    hidden = prompts.last_hidden[torch.tensor(prompt_index, device=device)][:, None]
     if T > 1:
         keys, values = prompts.keys, prompts.values
-        shared = [(p, slice(owner.index(p), owner.index(p) + owner.count(p)), size)
-                  for p, size in enumerate(prompts.sizes) if p in owner]
+        shared = [(p, slice(prompt_index.index(p), prompt_index.index(p) + prompt_index.count(p)), size)
+                  for p, size in enumerate(prompts.sizes) if p in prompt_index]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
             return SharedAttention.apply(query, key, value, keys[layer], values[layer], shared, scaling)
 
-        starts = prompts.lengths[list(owner)][:, None]
+        starts = prompts.lengths[list(prompt_index)][:, None]
         positions = (starts + torch.arange(T - 1)).to(device)
         hidden = torch.cat([hidden, forward(model, ids[:, :-1], positions, attend, None, checkpointing)], 1)
     places = [r * T + t for r, answer in enumerate(answers) for t in range(len(answer))]  # where tokens are
@@ -538,56 +543,6 @@ def project_logps(hidden: Tensor, head, targets: Tensor, temperature: float) -> 
         probs = (logits - normaliser[:, None]).exp_()
         entropy = normaliser - (probs * logits).sum(-1)
     return logps, entropy
-
-
-# ------------------------------------------------------------------------------------------------------------
-# LoRA by hand: two thin matrices beside each projection of a layer, which alone are trained
-
-LORA_SCALE = 2.0  # peft's lora_alpha / r
-
-
-class LoRALinear(torch.nn.Linear):
-    """y = W x + 2 B A x (arXiv 2106.09685, equation 3): W as it was, A [r, in] and B [out, r] in float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        thin = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return super().forward(x) + LORA_SCALE * thin
-
-
-def add_lora(model, rank: int, seed: int = 0) -> None:
-    """Freeze the model and make the linear modules of its layers LoRALinear. B is 0: nothing changes yet."""
-    torch.manual_seed(seed)
-    for layer in model.requires_grad_(False).base_model.layers:
-        for linear in [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]:
-            (rows, columns), device = linear.weight.shape, linear.weight.device
-            linear.__class__, bound = LoRALinear, columns ** -0.5
-            A = torch.empty(rank, columns, device=device).uniform_(-bound, bound)
-            linear.lora_A = torch.nn.Parameter(A)
-            linear.lora_B = torch.nn.Parameter(torch.zeros(rows, rank, device=device))
-
-
-@torch.no_grad()
-def merged_state(model) -> dict[str, Tensor]:
-    """The state dict of a plain model that computes the same; what is new in it, in host memory."""
-    state = {name: x for name, x in model.state_dict().items() if ".lora_" not in name}
-    for name, m in model.named_modules():
-        if isinstance(m, LoRALinear):
-            state[f"{name}.weight"] = (m.weight + LORA_SCALE * m.lora_B @ m.lora_A).to(m.weight.dtype).cpu()
-    return state
-
-
-def save_adapter(model, folder: Path, base: str) -> None:
-    """Write A and B, if the model has any, to `folder` as peft and vLLM read them, to be put on `base`."""
-    tensors = {f"base_model.model.{name}.weight": p.detach() for name, p in model.named_parameters()
-               if ".lora_" in name}
-    if not tensors:
-        return
-    rank = next(len(x) for name, x in tensors.items() if "lora_A" in name)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-              "lora_alpha": LORA_SCALE * rank, "target_modules": sorted({n.split(".")[-3] for n in tensors})}
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -637,10 +592,10 @@ def check_architecture(config) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, ids = miniature(config), torch.arange(1, 9)[None]
-        cohort = Cohort(model, ids[:, :-1].tolist(), 1, [0])
-        prefill, cohort.tokens = cohort.logits, ids[:, -1]
-        read_tokens(model, [cohort])
-        ours, theirs = torch.cat([prefill, cohort.logits]), model(input_ids=ids).logits[0, -2:]
+        batch = DecodeBatch(model, ids[:, :-1].tolist(), 1, [0])
+        prefill, batch.tokens = batch.logits, ids[:, -1]
+        read_tokens(model, [batch])
+        ours, theirs = torch.cat([prefill, batch.logits]), model(input_ids=ids).logits[0, -2:]
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
             raise InputError(f"{kind}: its configuration changes the forward pass that model.py writes out")
 
@@ -689,7 +644,7 @@ def load_config(name: str):
     config, source = read_config(name)
     with reading(name, "config.json"):
         check_architecture(config)
-        parameters(config)  # fails where the sizes do not make a model
+        count_parameters(config)  # fails where the sizes do not make a model
     return config, source
 
 
@@ -701,219 +656,13 @@ def load_agent(name: str, device: str = "auto", dtype: str = "auto") -> Agent:
     place, (config, source) = pick_device(device), load_config(name)
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "bfloat16"
-    needed, free = parameters(config) * getattr(torch, dtype).itemsize, free_memory(place)
+    needed, free = count_parameters(config) * getattr(torch, dtype).itemsize, free_memory(place)
     if needed > free:
         raise InputError(f"--model {name}: its weights take {needed / 2**30:.1f} GiB and {place} has "
                          f"{free / 2**30:.1f} GiB free; use a smaller model, or --device cpu")
-    with reading(name, "model.safetensors.index.json"):
-        weights = check_files(Path(name)) if Path(name).is_dir() else "its weights"
+    weights = check_folder(name)
     with reading(name, "tokenizer.json or tokenizer_config.json"):
         tokenizer = load_tokenizer(name, **source)
         check_tokenizer(tokenizer, config.vocab_size)
-    with reading(name, f"{weights} or generation_config.json"):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
-            **source)
-        model = model.to(place).eval()
-        check_tensors(model, found)
+    model = load_weights(name, weights, config, dtype, place, **source)
     return Agent(model, tokenizer, find_stop_ids(model, tokenizer))
-
-
-def parameters(config, lora_rank: int = 0) -> int:
-    """The number of trained weights, all or LoRA's, of a model of this configuration, without making them."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        if lora_rank:
-            add_lora(model, lora_rank)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def free_memory(device: torch.device) -> float:
-    """Free bytes of a GPU, or of the host for other devices (infinite where one cannot ask)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if not (memory := Path("/proc/meminfo")).exists():
-        return float("inf")
-    return int(memory.read_text().split("MemAvailable:")[1].split()[0]) * 1024
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, a GPU's or the host's, has run out."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Reading a model's files
-
-# What transformers reads beside config.json. Of the weights and the vocabulary, the first that is there.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-           "pytorch_model.bin.index.json")
-VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja",
-            "special_tokens_map.json", "added_tokens.json")
-
-
-@contextlib.contextmanager
-def reading(name: str, what: str):
-    """Turn whatever fails in the block, while `what` of model `name` is read, into an InputError of one line.
-
-    On other people's files the libraries raise exceptions of every kind, and a panic of tokenizers' Rust is
-    not even an Exception. transformers' own warnings are silenced, such as its table of missing tensors, and
-    its progress bars where nobody watches.
-    """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        reason = "".join(c for c in " ".join(str(error).split()) if c.isprintable())
-        if out_of_memory(error):  # no fault of the model's
-            reason = "too little memory; use a smaller model"
-        elif not isinstance(error, InputError):
-            reason = f"{what} cannot be loaded ({type(error).__name__}: {reason[:200]}); "
-            if Path(name).is_dir():
-                reason += (f"it may be damaged, or need newer libraries than transformers "
-                           f"{transformers.__version__} and tokenizers {tokenizers.__version__}")
-            else:
-                reason += "without a network, pass a folder that `hf download` has written elsewhere"
-        raise InputError(f"--model {name}: {reason}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
-
-
-def read_config(name: str):
-    """(configuration, how to load the rest) of a model.
-
-    Never runs code from the folder: transformers would ask for consent, and wait for the answer.
-    """
-    folder = Path(name)
-    a_path = name.startswith((".", "/", "~")) or folder.exists() or name.count("/") != 1
-    local = a_path or not hub_answers()
-    with reading(name, "config.json"):
-        if a_path and not folder.is_dir():
-            raise InputError("no such model folder (one with config.json, as save_pretrained writes it; or "
-                             "pass a hub name like Qwen/Qwen2.5-7B)")
-        if adapter := find_adapter_config_file(name, local_files_only=local):
-            raise holds_adapter(Path(adapter).absolute())
-        if a_path:
-            check_content(present(folder, ["config.json"]))
-        source = {"local_files_only": local, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(name, **source)
-    config._attn_implementation = "eager"  # always installed, and not used: attention is ours
-    return config, source
-
-
-def present(folder: Path, names: Sequence[str]) -> Path:
-    """The first of these files that is in the folder. InputError, with what is there, if none is."""
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    there = ", ".join(sorted(path.name for path in folder.iterdir() if path.exists())[:8]) or "nothing"
-    inside = folder / "checkpoint"  # of a run of grpo.py
-    advice = f"; pass {inside}" if (inside / "config.json").is_file() else ""
-    raise InputError(f"there is no {names[0]} in this folder, only {there}{advice}")
-
-
-def check_files(folder: Path) -> str:
-    """The name of the file of weights, or of their index. InputError, with a file's name, where one that
-    loading reads is absent, damaged or a stand-in."""
-    weights = present(folder, WEIGHTS)
-    files = [weights, present(folder, VOCABULARY)]
-    files += [path for path in sorted(folder.iterdir()) if path.name in OPTIONAL]
-    if weights.suffix == ".json":
-        files += [folder / shard for shard in sorted(set(read_json(weights)["weight_map"].values()))]
-    for path in files:
-        check_content(path)
-    return weights.name
-
-
-def check_content(path: Path) -> None:
-    """InputError, with the file's name, where the content is not that of such a file or not whole."""
-    fault = ""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(200).strip().lower()
-        if not head:
-            fault = "is empty"
-        elif head.startswith(b"version https://git-lfs"):
-            fault = "is a Git LFS pointer, not the file itself"
-        elif head.startswith((b"<!doctype", b"<html")):
-            fault = "is a web page, not the file itself"
-        elif path.suffix == ".json":
-            read_json(path)
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt"):  # sees whether it is whole
-                pass
-    except (OSError, SafetensorError) as error:
-        fault = f"cannot be read ({error})"
-    if fault:
-        raise InputError(f"{path.name} {fault}; fetch it again (`hf download` or `git lfs pull`)")
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. InputError names the file that holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} is not JSON in UTF-8, or not whole ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path.name} holds {json.dumps(content)[:50]}, not a JSON object")
-    return content
-
-
-def holds_adapter(config: Path) -> InputError:
-    """Whose adapter adapter_config.json describes, and what to pass instead: adapters are not read."""
-    base, merged = read_json(config).get("base_model_name_or_path"), config.parent.with_name("checkpoint")
-    advice = "merge it into its base (peft's merge_and_unload) and pass the result"
-    if config.parent.name == "adapter" and (merged / "config.json").is_file():
-        advice = f"pass {merged}, where it is merged"
-    elif config.with_name("config.json").is_file():
-        advice += ", or remove adapter_config.json if the weights beside it have it merged"
-    return InputError(f"adapter_config.json says that this is a LoRA adapter of {base}; {advice}")
-
-
-def check_tokenizer(tokenizer, rows: int) -> None:
-    """InputError unless the tokenizer writes text, and a chat, in ids below `rows`."""
-    if not tokenizer("Is it [1]?")["input_ids"]:
-        raise InputError("its tokenizer has no vocabulary; is tokenizer.json missing?")
-    # Many a padding token was added without an embedding. We do not use it.
-    words = {i: word for word, i in tokenizer.get_vocab().items() if word != tokenizer.pad_token}
-    if (top := max(words)) >= rows:
-        raise InputError(f"its tokenizer has the id {top} for {words[top]!r}, and the model has only {rows} "
-                         "embeddings; they are of two models, or the embeddings were not resized")
-    if not tokenizer.chat_template:
-        raise InputError("its tokenizer has no chat template; use the model's instruct variant, or put a "
-                         "chat_template.jinja into its folder")
-
-
-def check_tensors(model, found: dict) -> None:
-    """InputError that names a tensor which the config or the weights lack, or which is not finite.
-
-    `found` is what transformers tells of the loading. It ignores tensors for which the config has no place;
-    those of the layers and the head are part of the forward pass, so that here they are a fault.
-    """
-    faults = [f"its config asks for {tensor}, which its weights lack" for tensor in found["missing_keys"]]
-    faults += [f"{tensor} is {list(there)} in its weights, {list(wanted)} by its config"
-               for tensor, there, wanted in found["mismatched_keys"]]
-    faults += [f"its weights hold {tensor}, for which its config has no place"
-               for tensor in found["unexpected_keys"] if tensor.startswith(("model.", "lm_head."))]
-    faults += [f"{tensor} holds NaN or infinity; its weights are damaged, or too large for {p.dtype}"
-               for tensor, p in model.named_parameters() if not p.isfinite().all()]
-    if faults:
-        raise InputError(min(faults))
-
-
-def load_tokenizer(name: str, **source):
-    """The tokenizer a checkpoint declares, or just its tokenizer.json if it declares no class that we know.
-
-    AutoTokenizer would then put Qwen2's splitting rules in its place, and the toy's words would be unknown.
-    """
-    declared = get_tokenizer_config(name, **source).get("tokenizer_class")
-    known = tokenizer_class_from_name(declared) if declared else None  # also None for a newer library's class
-    generic = known in (None, PreTrainedTokenizerFast)
-    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name, **source)

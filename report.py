@@ -19,14 +19,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data import InputError, atomic_write, command_line, open_bytes, read_qrels, run_main, setting, trec_id
 from eval import evaluate
 from reward import sentences
+from support.cli import InputError, command_line, run_main, setting
+from support.files import atomic_write, open_bytes, read_qrels, trec_id
 
 # What rearank.py writes: a line for each query, then one for each of its windows, as they were answered.
 QUERY = {"qid": str, "query": str, "docids": list, "texts": list, "order": list}
 WINDOW = {"qid": str, "docids": list, "status": str, "order": list, "reasoning": str, "response": str,
-          "tokens": int, "finished": bool, "prompt_cut": bool}
+          "tokens": int, "finished": bool, "prompt_shortened": bool}
 
 
 def load(line: bytes) -> dict:
@@ -96,7 +97,11 @@ def describe(query: dict, judged: dict[str, int] | None, text_chars: int = 5000)
     for n, row in enumerate(query["windows"], 1):
         head, _, tail = row["response"].partition(row["reasoning"] or "\0")
         ranks = [before for docid in row["order"] for w, before, _ in paths[docid] if w == n]
-        status = row["status"] + ", cut off" * (not row["finished"]) + ", prompt cut" * row["prompt_cut"]
+        status = row["status"]
+        if not row["finished"]:
+            status += ", hit limit"
+        if row["prompt_shortened"]:
+            status += ", prompt shortened"
         windows.append({"number": n, "status": status, "ranks": f"{min(ranks)}–{max(ranks)}",
                         "shown": [number[docid] for docid in row["docids"]],
                         "text": [(head, []), *sentences(row["reasoning"]), (tail, [])]})
@@ -118,7 +123,7 @@ def page(queries: list[dict], qrels: dict[str, dict[str, int]], title: str) -> s
 
 
 @dataclasses.dataclass
-class Settings:
+class ReportSettings:
     """Settings of `python report.py`."""
 
     trace: str = setting("", "The JSONL that rearank.py wrote (.gz too); - is standard input.",
@@ -129,7 +134,7 @@ class Settings:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the page as the command line says."""
-    settings = command_line(Settings, argv, __doc__, "report.py")
+    settings = command_line(ReportSettings, argv, __doc__, "report.py")
     name = "report" if settings.trace == "-" else settings.trace
     output = settings.output or re.sub(r"(\.trec)?(\.jsonl)?(\.gz)?$", "", name) + ".html"
     if os.path.realpath(output) in (os.path.realpath(settings.trace), os.path.realpath(settings.qrels)):

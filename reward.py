@@ -3,21 +3,21 @@
     text --parse_ranking--> order --ndcg--> NDCG@10 --score_response--> reward
     reward = 0.8 r_rank + 0.1 r_format1 + 0.1 r_format2   (eq. 6)
 
-There is one parser, for training, inference and statistics. It never raises and reads each character a fixed
-number of times, because a model in training writes anything: 2,048 tokens of `<answer><answer>...` are one
-sample among thousands.
+There is one parser, for training, inference and statistics. It never raises, and its time is linear in the
+length of the text: a model in training may write 2,048 tokens of `<answer><answer>...`.
 
 The parser is lenient: a user with a zero-shot model wants an order out of almost any text. The reward is
-strict: it takes the order of a complete `<answer>...</answer>` after the reasoning and nothing else. Every
-text it accepted would be something to teach.
+strict: it only reads a complete `<answer>...</answer>` after the reasoning. The policy learns to write
+whatever the reward accepts.
 
 Where we depart from the paper or from the authors' code:
-- With nothing to gain, where eq. 5 divides by zero, an order that is still best pays 1 (the authors: 0).
-- r_rank is never below -1: in an almost ideal window eq. 5 can fall below -200, and one bad sample would
+- Where nothing can be gained, eq. 5 divides by zero. Here an order that is still best earns 1 (the authors
+  give 0).
+- r_rank is never below -1. In an almost ideal window eq. 5 can fall below -200, and one bad sample would
   decide its whole group.
-- r_format1 wants exactly one think and one answer block and nothing around them; r_format2 wants every
-  passage named once. The authors search for the patterns anywhere, so that `[3]` alone passes: a nearly free
-  reward, as passages not named keep their places.
+- r_format1 requires exactly one think and one answer block, with nothing around them. r_format2 requires
+  every passage to be named once. The authors search for the patterns anywhere, so that `[3]` alone earns
+  them: a nearly free reward, as passages that are not named keep their places.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from dataclasses import dataclass
 
 SCHEMES = ("normalized", "absolute", "difference")
 
-# Every pattern is a run of characters or a short word: none can backtrack further than it has read.
+# Each pattern is a run of characters or a short word, so that none can backtrack far.
 INTEGER = re.compile(r"[0-9]+")
-# A text made of nothing but these is a list.
+# A text that consists only of these is a list.
 LIST_PARTS = re.compile(r"[0-9\[\](){}><=,;\s]+|(?ai:passage|document|doc|id)")
 BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 WELL_FORMED = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
-# The number of a list ("2. [4] says ...") is no sentence of its own; none ends before a small letter (e.g.).
+# A list's number ("2. [4] says ...") is no sentence by itself. No sentence ends before a small letter (e.g.).
 SENTENCE = re.compile(r"(?:\s*\d{1,3}[.)]\s)?.+?(?:[.!?][\"')]*\s+(?![a-z\s])|[。！？]|\n\s*|\Z)", re.S)
 FULL_LIST = re.compile(r"\s*\[[0-9]{1,9}\](?:\s*>\s*\[[0-9]{1,9}\])*\s*")
 
@@ -66,15 +66,18 @@ class Score:
 
 
 def parse_ranking(response: str | None, num_passages: int) -> Ranking:
-    """The order that `response` asks for, whatever it looks like. Never raises; linear in the text's length.
+    """The order that a response asks for. Never raises; linear in the length of the text.
 
-    1. Nothing to read (not a string, or blank): the present order, "empty".
-    2. The last complete `<answer>...</answer>` after the reasoning, or an earlier one if it names no passage.
-    3. Without one, what follows an `<answer>` left open, less a number that may itself be cut: "truncated".
-    4. Else the text after the reasoning: "untagged". Reasoning that never ends: present order, "truncated".
-    5. In a text that is nothing but a list every integer is an id; in prose only those in square brackets.
-    6. Ids that do not exist or came before are dropped; passages not named follow in their present order.
-    7. "ok" needs a complete block with every id once and no other; "malformed" names none.
+    1. Not a string, or blank: the present order, "empty".
+    2. The last complete `<answer>...</answer>` after the reasoning counts, or an earlier one if it names no
+       passage.
+    3. Without one, the text after an `<answer>` that was left open, without a number at its very end, which
+       may be incomplete: "truncated".
+    4. Otherwise the text after the reasoning: "untagged". If the reasoning never ends: the present order,
+       "truncated".
+    5. In a text that is only a list, every integer is an id; in prose, only those in square brackets.
+    6. Ids that do not exist or came before are dropped. Passages not named follow in their present order.
+    7. "ok": a complete block with every id once and no other. "malformed": no passage is named.
 
     >>> parse_ranking("<think> [2] fits best. </think> <answer> [2] > [3] > [1] </answer>", 3)
     Ranking(order=[1, 2, 0], status='ok')
@@ -90,12 +93,12 @@ def parse_ranking(response: str | None, num_passages: int) -> Ranking:
 
 
 def _order(ids: list[int], n: int) -> list[int]:
-    """Contract 6: 1-based ids to a permutation of range(n). First mention wins, the rest in present order."""
+    """Rule 6: from 1-based ids to a permutation of range(n). The first mention counts."""
     return list(dict.fromkeys([i - 1 for i in ids if 0 < i <= n] + list(range(n))))
 
 
 def sentences(text: str) -> list[tuple[str, list[int]]]:
-    """The sentences, together `text`, with the passages each names: in prose, those in square brackets.
+    """Cut a text into sentences: (sentence, the passages that it names in square brackets).
 
     >>> sentences("[3, 5] fit, e.g. in [13]. In 1984 [3.1] did not")
     [('[3, 5] fit, e.g. in [13]. ', [3, 5, 13]), ('In 1984 [3.1] did not', [])]
@@ -104,24 +107,23 @@ def sentences(text: str) -> list[tuple[str, list[int]]]:
 
 
 def _named(text: str, prose: bool = False) -> list[int]:
-    """Contract 5: the ids in `text` (a list, or brackets in prose), in its order, those out of range too.
+    """Rule 5: the ids in `text`, a list or prose with brackets, in its order. Some may be out of range.
 
     >>> _named("3 > Doc 1; [02]"), _named("best of 2: [3, 1], not [3.1] or [-2]")
     ([3, 1, 2], [3, 1])
     """
-    if prose or LIST_PARTS.sub("", text):  # something is left: prose
+    if prose or LIST_PARTS.sub("", text):  # not only a list
         text = " ".join(inside for inside in BRACKETS.findall(text) if not LIST_PARTS.sub("", inside))
-    # int() of 5,000 digits raises.
+    # int() raises for 5,000 digits.
     return [int(digits) for digits in INTEGER.findall(text) if len(digits) <= 9]
 
 
 def _read(response: str | None, n: int) -> tuple[list[int], str, str | None]:
-    """Contract 1-4 and 7: the ids, the status, and the answer block or None if the reward may not read it."""
+    """Rules 1-4 and 7: ids, status, and the answer block (None if the reward must not read it)."""
     if not isinstance(response, str) or not response.strip():
         return [], "empty", None
-    # 2. After the *first* </think>, last block first: this is the last block after the last </think> wherever
-    # there is one. Splitting at <answer> gives each closing tag its nearest opening one, and pieces that do
-    # not overlap, so that all of them together are read once.
+    # 2. Look after the first </think>, last block first: that finds a block after the last </think>, if there
+    # is one. Splitting at <answer> pairs each closing tag with its nearest opening one.
     start = response.find("</think>") + len("</think>") if "</think>" in response else 0
     _, *pieces = response[start:].split("<answer>")
     position, complete = len(response), False  # `position`: where the current piece begins
@@ -129,7 +131,7 @@ def _read(response: str | None, n: int) -> tuple[list[int], str, str | None]:
         position -= len(piece)
         if "</answer>" in piece:
             complete = True
-            # A stray second </answer> turns the block into prose; up to the first one it is still a list.
+            # With a second </answer> in it the block is prose; up to the first one it may be a list.
             for block in (piece.rpartition("</answer>")[0], piece.partition("</answer>")[0]):
                 ids = _named(block)
                 if any(0 < i <= n for i in ids):
@@ -140,15 +142,15 @@ def _read(response: str | None, n: int) -> tuple[list[int], str, str | None]:
 
 
 def _strict(response: str, block: str, position: int) -> str | None:
-    """`block` at `position`, unless a <think> is open there: the reward reads no answer in the reasoning."""
+    """`block`, unless a <think> is open at its `position`: the reward reads no answer in the reasoning."""
     opened, closed = response.rfind("<think>", 0, position), response.rfind("</think>", 0, position)
     return block if opened <= closed else None
 
 
 def _read_without_block(response: str, n: int) -> tuple[list[int], str]:
-    """Contract 3 and 4: ids and status without a complete answer block. The reward reads none of these.
+    """Rules 3 and 4: ids and status without a complete answer block. The reward does not read these.
 
-    An <answer> that the reasoning only mentions hides no answer that follows the reasoning without tags.
+    The reasoning may mention <answer>. An answer without tags that follows the reasoning is still found.
     """
     tail = response[response.rfind("</think>") + len("</think>"):] if "</think>" in response else response
     ids = _named(tail)
@@ -188,8 +190,8 @@ def score_response(response: str | None, labels: Sequence[int], ideal: Sequence[
     """The reward of `response` to a window whose passages have `labels` in their present order (eqs. 5, 6).
 
     Only a complete answer block after a closed (or absent) think block is read. Without one, or if it names
-    no passage, the window stays as it is. `ideal`: all judged labels of the query, for NDCG. `scheme`: see
-    `rank_reward`; ValueError for an unknown one.
+    no passage, the window keeps its order. `ideal`: all judged labels of the query, for NDCG. `scheme`: see
+    `rank_reward`; an unknown one is a ValueError.
 
     >>> score_response("<think> ... </think> <answer> [2] > [3] > [1] </answer>", [0, 3, 1])
     Score(reward=1.0, rank=1.0, format1=1.0, format2=1.0, ndcg=1.0)
@@ -197,8 +199,8 @@ def score_response(response: str | None, labels: Sequence[int], ideal: Sequence[
     0.0
     """
     ids, status, block = _read(response, len(labels))
-    # The labels move with the passages: NDCG is of the new order,
-    # never of first-stage scores that stay with the positions.
+    # The labels move with the passages. NDCG comes from the new order, never from first-stage scores, which
+    # would stay with the positions.
     reranked = ndcg([labels[i] for i in _order([] if block is None else ids, len(labels))], ideal=ideal)
     best = ndcg(sorted(labels, reverse=True), ideal=ideal)
     rank = rank_reward(ndcg(labels, ideal=ideal), reranked, best, block is not None, scheme)
@@ -213,11 +215,11 @@ def rank_reward(initial: float, reranked: float, best: float, readable: bool = T
                 scheme: str = "normalized") -> float:
     """r_rank from the NDCG@10 of a window as given, as reranked and at its best.
 
-    "normalized" (eq. 5): the share of the possible gain that was gained, (reranked - initial) / (best -
-    initial), at least -1. With nothing to gain (best = initial): 1 for an order that is still best, else what
-    it lost, reranked - best. What was not `readable` left the window as it was and gets 0, also where there
-    was nothing to gain: no reward for saying nothing. "absolute": reranked. "difference": reranked - initial
-    (Table 3's alternatives; a response that is not readable gets the window's own).
+    "normalized" (eq. 5): the share of the possible gain, (reranked - initial) / (best - initial), at least
+    -1. If nothing can be gained (best = initial): 1 for an order that is still best, else the loss, reranked
+    - best. A response that was not `readable` gets 0, also where nothing can be gained: it must not be paid
+    for saying nothing. "absolute": reranked. "difference": reranked - initial. (Those are Table 3's
+    alternatives; the window keeps its order if the response was not readable.)
 
     >>> rank_reward(0.5, 0.7, 0.9), rank_reward(0.98, 0.5, 0.99), rank_reward(0.9, 0.9, 0.9)
     (0.4999999999999999, -1.0, 1.0)

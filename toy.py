@@ -10,14 +10,11 @@ order by them; more of the same supervision, the control, does not.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import itertools
 import json
 import random
 import re
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,15 +24,22 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-import grpo
-from data import (Candidates, InputError, atomic_write, command_line, expand, read_run,
-                  setting, write_candidates, write_qrels, write_run)
+from data import expand
 from eval import bootstrap_interval, evaluate
 from eval import main as eval_main
-from grpo import Rollouts, RunFolder, ranks, supervised, train
-from model import Agent, add_lora, pick_device
-from rearank import Reranker, encode_prompt
+from model import Agent
+from prompts import encode_prompt
+from rearank import Reranker
 from reward import parse_ranking
+from support.distributed import rank, say
+from support.files import (Candidates, Instance, atomic_write, read_run, write_candidates, write_qrels,
+                           write_run)
+
+# What the toy run sets otherwise than the paper's run (grpo.TrainSettings).
+TOY = {"out": "runs/toy", "prompt": "toy", "window": 6, "draws": 20, "prompts_per_step": 32, "group_size": 16,
+       "steps": 100, "lr": 5e-4, "decay": True, "beta": 0.0, "sft_steps": 850, "sft_lr": 6e-3,
+       "max_new_tokens": 64, "max_num_seqs": 512, "microbatch_tokens": 16384, "checkpointing": False,
+       "offload": False, "device": "cpu"}
 
 # ------------------------------------------------------------------------------------------------------------
 # The task
@@ -81,6 +85,13 @@ def toy_task(queries: int, passages: int, seed: int,
     return candidates, qrels
 
 
+def toy_data(settings) -> tuple[list[Instance], tuple]:
+    """(training instances, held-out lists and judgements to validate on, which are not the exam's)."""
+    instances = expand(*toy_task(200, 20, settings.seed), settings.draws, settings.window, settings.order,
+                       settings.keep_draws, settings.min_ndcg, settings.seed)
+    return instances, toy_task(48, settings.window, settings.eval_seed + 2, held_out=True)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The teacher
 
@@ -104,7 +115,7 @@ def toy_answer(query: str, texts: Sequence[str], graded: bool) -> str:
     return f"<think> {' '.join(thoughts)} </think> <answer> {answer} </answer>"
 
 
-def toy_lessons(agent: Agent, settings: ToySettings,
+def toy_lessons(agent: Agent, settings,
                 curriculum: bool = True) -> Iterator[list[tuple[list[int], list[int]]]]:
     """The warm start's batches of (prompt ids, answer ids), with 384 passages each.
 
@@ -144,7 +155,7 @@ def toy_agent(seed: int, device: torch.device | str = "cpu") -> Agent:
     return Agent(AutoModelForCausalLM.from_config(config).eval().to(device), tokenizer, [1])
 
 
-def toy_trace_statistics(rollouts: Rollouts) -> dict[str, float]:
+def toy_trace_statistics(rollouts) -> dict[str, float]:
     """Shares of passages whose grade in <think> is right, and of answers that are ordered by their grades.
 
     Nothing in the reward asks for either: an order may improve while the grades beside it drift.
@@ -168,27 +179,29 @@ def toy_trace_statistics(rollouts: Rollouts) -> dict[str, float]:
 class ToyExam:
     """Held-out queries, reranked by each model, written as TREC files and evaluated from them."""
 
-    def __init__(self, settings: ToySettings, folder: Path):
+    def __init__(self, settings, folder: Path):
         self.settings, self.folder = settings, folder
         n, size, seed = settings.eval_queries, settings.window, settings.eval_seed
         self.tasks = {"window": toy_task(n, size, seed, held_out=True),
                       "long": toy_task(n // 4, 4 * size, seed + 1, held_out=True)}
         self.scores = {kind: {} for kind in self.tasks}  # NDCG@10 of each query, by list and model
-        for kind, (candidates, qrels) in self.tasks.items() if ranks()[0] == 0 else ():
+        for kind, (candidates, qrels) in self.tasks.items() if rank() == 0 else ():
             write_candidates(folder / f"{kind}.jsonl", candidates)
             write_qrels(folder / f"{kind}.qrels", qrels)
 
     def evaluate(self, name: str, agent: Agent | None, kinds: Sequence[str] = ("window", "long"),
                  think: bool = True) -> None:
-        """Rerank lists of these kinds by `agent` (None: leave them), write the runs and evaluate them. (The
-        first rank does; the others have the same models and wait where they next meet it.)"""
-        for kind in kinds if ranks()[0] == 0 else ():
+        """Rerank lists of these kinds by `agent` (None: leave them), write the runs and evaluate them.
+
+        Only rank 0 does. The other ranks wait at the next collective.
+        """
+        for kind in kinds if rank() == 0 else ():
             (candidates, qrels), run = self.tasks[kind], self.folder / f"{kind}.{name}.trec"
             orders = [range(len(c.docids)) for c in candidates]
             if agent:
                 size = self.settings.window
-                reranker = Reranker(agent, self.settings.prompt, size, size // 2, think, max_rows=256,
-                                    max_new_tokens=self.settings.max_new_tokens)
+                reranker = Reranker(agent, self.settings.prompt, think=think, window=size, stride=size // 2,
+                                    max_num_seqs=256, max_new_tokens=self.settings.max_new_tokens)
                 rankings = reranker.rank_many([(c.query, c.texts) for c in candidates])
                 orders = [[result.index for result in ranking] for ranking in rankings]
             ranked = [(c.qid, [c.docids[i] for i in order]) for c, order in zip(candidates, orders)]
@@ -206,84 +219,19 @@ class ToyExam:
             summary[name] = dict(zip(("mean", "low", "high"), interval))
         return summary
 
-
-# ------------------------------------------------------------------------------------------------------------
-# The run
-
-
-@dataclasses.dataclass
-class ToySettings(grpo.Settings):
-    """Settings of `python grpo.py` without a model: the same run in miniature, on synthetic data."""
-
-    out: str = setting("runs/toy", "The run folder: config, log, samples, checkpoint, runs, summary.")
-    prompts_per_step: int = setting(32, "Prompts (windows) in a step.", least=1)
-    group: int = setting(16, "Rollouts sampled for each prompt.", least=2)
-    steps: int = setting(100, "GRPO steps: one update each, purely on-policy.", least=0)
-    sft_steps: int = setting(850, "Steps of the warm start, which stands for an instruct model.", least=0)
-    sft_lr: float = setting(6e-3, "Learning rate of the warm start.", least=0)
-    teacher_graded: float = setting(0.25, "Share of the teacher's orders that use its grades.")
-    lr: float = setting(5e-4, "Learning rate.", least=0)
-    beta: float = setting(0.0, "Weight of the KL penalty to the frozen starting model.", least=0)
-    decay: bool = setting(True, "Let the learning rate fall linearly to a tenth over the run.")
-    prompt: str = setting("toy", "The prompt to train with.", choices=("toy",))
-    window: int = setting(6, "Passages drawn for a training instance.", least=2)
-    draws: int = setting(20, "Draws a query in the initial state expansion.", least=1)
-    max_new_tokens: int = setting(64, "Longest rollout.", least=1)
-    max_rows: int = setting(512, "Rollouts written at a time.", least=1)
-    answer_tokens: int = setting(16384, "Rollout tokens in a micro-batch: memory, not the result.", least=1)
-    checkpointing: bool | None = setting(False, "Recompute activations in the backward pass.")
-    offload: bool | None = setting(False, "AdamW's masters and moments in host memory.")
-    device: str = setting("cpu", "cuda, mps, cpu or auto.")
-    eval_queries: int = setting(200, "Held-out queries in the closing table.", least=4)
-    eval_seed: int = setting(2505, "Seed of the held-out queries.")
-
-
-def toy_run(settings: ToySettings) -> int:
-    """Warm start, control, GRPO, exam. Writes summary.json and prints eval.py's tables."""
-    started, steps, lr = time.time(), settings.sft_steps, settings.sft_lr
-    folder = RunFolder(settings)
-    agent = toy_agent(settings.seed, pick_device(settings.device))
-    exam = ToyExam(settings, folder.path)
-    print(f"toy run, seed {settings.seed}: {agent.model.num_parameters():,} parameters, no downloads")
-    exam.evaluate("first_stage", None)
-    supervised(agent, toy_lessons(agent, settings), steps, lr, settings, "warm start", folder, "warm_start")
-    exam.evaluate("warm_start", agent)
-    doubled = Agent(copy.deepcopy(agent.model), agent.tokenizer, agent.stop_ids)
-    again = toy_lessons(doubled, dataclasses.replace(settings, seed=settings.seed + 10**6), curriculum=False)
-    supervised(doubled, again, steps, lr, settings, "control: the warm start again", folder, "control")
-    exam.evaluate("warm_start_doubled", doubled, ["window"])
-    instances = expand(*toy_task(200, 20, settings.seed), settings.draws, settings.window, settings.order,
-                       settings.keep_draws, settings.min_ndcg, settings.seed)
-    held_out = toy_task(48, settings.window, settings.eval_seed + 2, held_out=True)  # not the exam's queries
-    if settings.lora_rank:
-        add_lora(agent.model, settings.lora_rank, settings.seed)
-    train(agent, instances, settings, folder, toy_trace_statistics, held_out)
-    exam.evaluate("grpo", agent)
-    exam.evaluate("grpo_without_think", agent, ["window"], think=False)
-    if ranks()[0]:
-        return 0
-    seconds = round(time.time() - started, 1)
-    with atomic_write(folder.path / "summary.json") as file:
-        json.dump({"seed": settings.seed, "seconds": seconds} | exam.summary(), file, indent=2)
-    out = folder.path
-    for kind, scores in exam.scores.items():  # the warm start first: the others are compared with it
-        runs = [f"{out}/{kind}.{name}.trec" for name in dict.fromkeys(["warm_start", *scores])]
-        arguments = [f"{out}/{kind}.qrels", *runs, "-m", "ndcg_cut.10"]
-        print("\n$ python eval.py", *arguments, flush=True)
-        eval_main(arguments)
-    print(f"{seconds:.0f} s. Next, what it thinks about the longer lists:\n  python rearank.py --model "
-          f"{out}/checkpoint --prompt toy --window {settings.window} --step {settings.window // 2} "
-          f"--max-new-tokens {settings.max_new_tokens} --input {out}/long.jsonl --output {out}/again.trec")
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The toy run as the command line says. (`python grpo.py` calls it.)"""
-    settings = command_line(ToySettings, argv, grpo.__doc__, "grpo.py")
-    if settings.data != ["auto"] or any((settings.qrels, settings.eval_data, settings.plan, settings.gpus,
-                                         settings.memory)):
-        raise InputError("--data, --qrels, --eval-data, --plan, --gpus and --memory need --model; the toy "
-                         "makes its own data")
-    if settings.window > 20 or settings.dtype == "bfloat16":
-        raise InputError("the toy's words end at [20] and its weights are float32: expected --window <= 20")
-    return grpo.on_all_ranks(toy_run, settings)
+    def finish(self, seconds: float) -> None:
+        """Write summary.json, print eval.py's tables and what to try next. Only rank 0 does."""
+        if rank() > 0:
+            return
+        out, settings = self.folder, self.settings
+        summary = {"seed": settings.seed, "seconds": round(seconds, 1)} | self.summary()
+        with atomic_write(out / "summary.json") as file:
+            json.dump(summary, file, indent=2)
+        for kind, scores in self.scores.items():  # the warm start first: the others are compared with it
+            runs = [f"{out}/{kind}.{name}.trec" for name in dict.fromkeys(["warm_start", *scores])]
+            arguments = [f"{out}/{kind}.qrels", *runs, "-m", "ndcg_cut.10"]
+            say("\n$ python eval.py " + " ".join(arguments))
+            eval_main(arguments)
+        say(f"{seconds:.0f} s. Next, see what it thinks about the longer lists:\n  python rearank.py --model "
+            f"{out}/checkpoint --prompt toy --window {settings.window} --stride {settings.window // 2} "
+            f"--max-new-tokens {settings.max_new_tokens} --input {out}/long.jsonl --output {out}/again.trec")

@@ -34,13 +34,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import atomic_write, command_line, expand, run_main, setting
+from data import expand
 from eval import bootstrap_interval
-from grpo import RunFolder, best_order_batches, grpo_loss, supervised, train
+from grpo import TrainSettings, best_order_batches, grpo_loss, supervised, train
 from model import Agent, sample
-from rearank import Reranker, encode_prompt
+from prompts import encode_prompt
+from rearank import Reranker
 from reward import Score, ndcg, parse_ranking, score_response
-from toy import ToySettings, toy_agent, toy_answer, toy_lessons, toy_task, toy_trace_statistics
+from support.cli import command_line, run_main, setting
+from support.files import atomic_write
+from support.run_folder import RunFolder
+from toy import TOY, toy_agent, toy_answer, toy_lessons, toy_task, toy_trace_statistics
 
 ARMS = {  # name: what differs from the arm "full"
     "full": {}, "reward: absolute": {"reward": "absolute"}, "reward: difference": {"reward": "difference"},
@@ -64,29 +68,29 @@ class Settings:
 
     seeds: list[int] = setting(lambda: [0, 1, 2], "Seeds of warm start, pool and sampling.", nargs="+",
                                type=int)
-    steps: int = setting(60, "GRPO steps of an arm.", least=1)
-    sft_steps: int = setting(850, "Steps of the warm start.", least=0)
-    queries: int = setting(20, "Training queries.", least=1)
-    eval_queries: int = setting(200, "Held-out queries.", least=8)
-    workers: int = setting(2, "Processes, of one thread each.", least=1)
+    steps: int = setting(60, "GRPO steps of an arm.", minimum=1)
+    sft_steps: int = setting(850, "Steps of the warm start.", minimum=0)
+    queries: int = setting(20, "Training queries.", minimum=1)
+    eval_queries: int = setting(200, "Held-out queries.", minimum=8)
+    workers: int = setting(2, "Processes, of one thread each.", minimum=1)
     quick: bool = setting(False, "25 steps after a warm start of 400, 100 held-out queries.")
     failures: bool = setting(False, "Only the runs that go wrong, and a healthy one.")
     results: str = setting(str(Path(__file__).resolve().parents[1] / "notebooks" / "results"),
                            "The folder for the CSVs.")
 
 
-def toy_settings(settings: Settings, seed: int, **changes) -> ToySettings:
+def toy_settings(settings: Settings, seed: int, **changes) -> TrainSettings:
     """The toy run's settings, smaller."""
-    return dataclasses.replace(
-        ToySettings(), seed=seed, steps=settings.steps, sft_steps=settings.sft_steps, prompts_per_step=16,
-        decay=False, samples_every=10**6, save_every=10**6, **changes)
+    smaller = {"seed": seed, "steps": settings.steps, "sft_steps": settings.sft_steps, "prompts_per_step": 16,
+               "decay": False, "samples_every": 10**6, "save_every": 10**6}
+    return TrainSettings(**TOY | smaller | changes)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def silent_lessons(agent: Agent, options: ToySettings) -> Iterator[list[tuple[list[int], list[int]]]]:
+def silent_lessons(agent: Agent, options: TrainSettings) -> Iterator[list[tuple[list[int], list[int]]]]:
     """`toy_lessons` with empty think blocks, and as many more windows as makes the answer tokens equal."""
     rng, tokenizer = random.Random(f"silent {options.seed}"), agent.tokenizer
     for step in itertools.count():
@@ -111,13 +115,13 @@ def warm_start(settings: Settings, seed: int, reason: bool) -> dict:
     return agent.model.state_dict()
 
 
-def pool(settings: Settings, options: ToySettings, queries: int) -> list:
+def pool(settings: Settings, options: TrainSettings, queries: int) -> list:
     """The windows of an arm."""
     return expand(*toy_task(queries, 20, options.seed), options.draws, options.window, options.order,
                   options.keep_draws, options.min_ndcg, options.seed)
 
 
-def logged_training(agent: Agent, windows: list, options: ToySettings, **hooks) -> list[dict]:
+def logged_training(agent: Agent, windows: list, options: TrainSettings, **hooks) -> list[dict]:
     """GRPO in a temporary run folder; the rows of its log."""
     with tempfile.TemporaryDirectory() as out:
         options = dataclasses.replace(options, out=out)
@@ -126,11 +130,11 @@ def logged_training(agent: Agent, windows: list, options: ToySettings, **hooks) 
             return list(csv.DictReader(file))
 
 
-def direct_sft(settings: Settings, agent: Agent, windows: list, options: ToySettings) -> Agent:
+def direct_sft(settings: Settings, agent: Agent, windows: list, options: TrainSettings) -> Agent:
     """The paper's direct SFT at GRPO's compute: sampling is one pass over its tokens, an update three."""
     prompt = len(encode_prompt(agent.tokenizer, windows[0].query, windows[0].texts, options.prompt))
     spoken, order = 35, 2 * options.window + 2  # tokens of a rollout, of a bare order
-    passes = 4 * options.prompts_per_step * (prompt + options.group * spoken)
+    passes = 4 * options.prompts_per_step * (prompt + options.group_size * spoken)
     batch = round(passes / (3 * (prompt + order)))
     trained, best = None, -1.0
     for lr in (5e-4, 2e-3):  # the better on queries that are neither trained on nor judged on
@@ -158,7 +162,7 @@ def held_out(queries: int, passages: int, seed: int) -> tuple[list, list]:
 def rerank(agent: Agent, lists: list, labels: list, passes: int = 1,
            **options) -> tuple[list[float], list[int]]:
     """NDCG@10 and answer tokens (of the last pass) of each list, reranked `passes` times."""
-    reranker = Reranker(agent, "toy", 6, 3, max_new_tokens=64, max_rows=256, **options)
+    reranker = Reranker(agent, "toy", window=6, stride=3, max_new_tokens=64, max_num_seqs=256, **options)
     for _ in range(passes):
         rankings = reranker.rank_many(lists)
         orders = [[result.index for result in ranking] for ranking in rankings]
@@ -231,7 +235,7 @@ FAILURES = {  # name: (settings, hooks)
     "healthy": ({"log_kl": True}, {}),
     "loose format reward": ({"log_kl": True}, {"reward": loose_reward}),
     "scores stay with positions": ({"log_kl": True}, {"reward": position_reward}),
-    "30 x the learning rate": ({"log_kl": True, "lr": 30 * ToySettings().lr}, {}),
+    "30 x the learning rate": ({"log_kl": True, "lr": 30 * TOY["lr"]}, {}),
     "KL penalty of the wrong sign": ({"beta": 0.1}, {"loss": wrong_sign_loss})}
 
 
@@ -345,7 +349,7 @@ def write_csv(path: Path, rows: list[dict], columns: Sequence[str]) -> None:
 
 
 LOG = ("arm", "seed", "step", "reward", "ndcg", "reward_std", "rank", "format1", "format2", "permutations",
-       "identity", "flat_groups", "length", "cut", "kl", "entropy", "grad_norm", "grades_right",
+       "unchanged", "zero_std_groups", "length", "hit_limit", "kl", "entropy", "grad_norm", "grades_right",
        "answer_follows_grades")
 
 
@@ -364,7 +368,8 @@ def main(argv: list[str] | None = None) -> int:
         for arm in FAILURES:
             last = [row for row in logs if row["arm"] == arm and int(row["step"]) > settings.steps - 10]
             means = {k: statistics.fmean(row[k] for row in last) for k in
-                     ("reward", "ndcg", "permutations", "identity", "flat_groups", "length", "entropy", "kl")}
+                     ("reward", "ndcg", "permutations", "unchanged", "zero_std_groups", "length", "entropy",
+                      "kl")}
             print(f"{arm:30}", "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
         return 0
     rows = table(values)

@@ -1,7 +1,7 @@
 """Decoding, a GRPO step and what fits, on a GPU: Qwen2.5's shapes with random weights in bfloat16.
 
     python benchmarks/bench_gpu.py        (0.5B, 1.5B and 7B; 2,200 prompt tokens, G = 32, 512 new tokens)
-    python benchmarks/bench_gpu.py --sizes test --device cpu --prompt 60 --new 20 --group 4
+    python benchmarks/bench_gpu.py --sizes test --device cpu --prompt 60 --new 20 --group-size 4
                                           (the same road in seconds, on any machine)
 
 Decoding: tokens per second after the prompt is encoded, as a share of the limit: the bytes that a step must
@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-import grpo
 from bench_grpo import generate, update_by_ids
-from data import InputError, command_line, run_main, setting
-from model import Agent, Cohort, pick_device, read_tokens, sample
+from grpo import TrainSettings
+from model import Agent, DecodeBatch, pick_device, read_tokens, sample
+from support.cli import InputError, command_line, run_main, setting
+from support.optimizer import MasterAdamW
 
 
 def shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict:
@@ -63,12 +64,12 @@ class Settings:
     parts: list[str] = setting(
         lambda: ["sample", "step", "fits"], "What to measure.", nargs="+", choices=("sample", "step", "fits")
     )
-    prompt: int = setting(2200, "Prompt tokens.", least=1)
-    new: int = setting(512, "New tokens an answer.", least=2)
-    group: int = setting(32, "Answers to a prompt.", least=2)
-    prompts: int = setting(1, "Prompts in a step.", least=1)
-    repeats: int = setting(5, "Runs in turn; medians count.", least=1)
-    answer_tokens: int = setting(8192, "Padded answer tokens in a micro-batch of the update.", least=1)
+    prompt: int = setting(2200, "Prompt tokens.", minimum=1)
+    new: int = setting(512, "New tokens an answer.", minimum=2)
+    group_size: int = setting(32, "Answers to a prompt.", minimum=2)
+    prompts: int = setting(1, "Prompts in a step.", minimum=1)
+    repeats: int = setting(5, "Runs in turn; medians count.", minimum=1)
+    microbatch_tokens: int = setting(8192, "Padded answer tokens in a micro-batch of the update.", minimum=1)
     checkpointing: bool = setting(True, "Recompute activations in the update's backward pass.")
     offload: str = setting(
         "auto",
@@ -140,7 +141,7 @@ def bytes_per_step(model, settings: Settings) -> float:
         * config.hidden_size
         // config.num_attention_heads
     )
-    return size * (weights + place * (settings.prompt + settings.group * settings.new / 2))
+    return size * (weights + place * (settings.prompt + settings.group_size * settings.new / 2))
 
 
 def bench_sample(size: str, settings: Settings, device: torch.device) -> list[dict]:
@@ -151,10 +152,10 @@ def bench_sample(size: str, settings: Settings, device: torch.device) -> list[di
     )
 
     def ours(new: int) -> None:
-        sample(model, prompt.tolist(), settings.group, new, 1.0, [], max_rows=settings.group)
+        sample(model, prompt.tolist(), settings.group_size, new, 1.0, [], max_num_seqs=settings.group_size)
 
     def peer(new: int) -> None:
-        generate(model, prompt.to(device), settings.group, new, min_new_tokens=new, eos_token_id=None)
+        generate(model, prompt.to(device), settings.group_size, new, min_new_tokens=new, eos_token_id=None)
 
     sides = {"ours": ours, "transformers.generate": peer}
     whole, first, mib = ({name: [] for name in sides} for _ in range(3))
@@ -187,8 +188,8 @@ def bench_sample(size: str, settings: Settings, device: torch.device) -> list[di
             "peer_mib": median(mib[peer]),
             "repeats": settings.repeats,
             "prefill_s": median(first["ours"]),
-            "tokens_per_s": settings.group / decode["ours"],
-            "peer_tokens_per_s": settings.group / decode[peer],
+            "tokens_per_s": settings.group_size / decode["ours"],
+            "peer_tokens_per_s": settings.group_size / decode[peer],
             "share_of_limit": limit / decode["ours"],
             "peer_share_of_limit": limit / decode[peer],
         }
@@ -205,11 +206,11 @@ def bench_step(size: str, settings: Settings, device: torch.device) -> list[dict
     state = 16 * model.num_parameters()  # float32 gradient sums, masters and two moments
     too_large = device.type == "cuda" and state > 0.8 * torch.cuda.mem_get_info()[0]
     offload = settings.offload == "yes" or settings.offload == "auto" and too_large
-    optimizer, agent = grpo.MasterAdamW(list(model.parameters()), offload=offload), Agent(model, None, [])
-    options = grpo.Settings(
-        group=settings.group,
+    optimizer, agent = MasterAdamW(model.parameters(), offload=offload), Agent(model, None, [])
+    options = TrainSettings(
+        group_size=settings.group_size,
         beta=0.0,
-        answer_tokens=settings.answer_tokens,
+        microbatch_tokens=settings.microbatch_tokens,
         checkpointing=settings.checkpointing,
     )
     generator = torch.Generator().manual_seed(0)
@@ -219,12 +220,14 @@ def bench_step(size: str, settings: Settings, device: torch.device) -> list[dict
     sampling, update = [], []
     for step in range(settings.repeats + 1):
         with Measure() as measure:
-            groups = sample(model, prompts, settings.group, settings.new, 1.0, [], seed=step, max_rows=128)
+            groups = sample(
+                model, prompts, settings.group_size, settings.new, 1.0, [], seed=step, max_num_seqs=128
+            )
         sampling.append(measure)
         with Measure() as measure:
             update_by_ids(agent, None, optimizer, prompts, groups, options)
         update.append(measure)
-    optimizer.release()
+    optimizer.remove_hooks()
     seconds = [statistics.median(m.seconds for m in part[1:]) for part in (sampling, update)]
     return [
         {
@@ -246,18 +249,18 @@ def bench_step(size: str, settings: Settings, device: torch.device) -> list[dict
 
 
 @torch.inference_mode()
-def fits(model, settings: Settings, group: int, length: int) -> float | None:
-    """Peak memory in GB (1e9, weights included) at the last step of `group` answers of `length` tokens.
+def fits(model, settings: Settings, group_size: int, length: int) -> float | None:
+    """Peak memory in GB (1e9, weights included) at the last step of `group_size` answers of `length` tokens.
 
     It is what the allocator held; None where that is too much.
     """
     prompt = torch.randint(1, model.config.vocab_size, (1, settings.prompt)).tolist()
     try:
         with Measure():
-            cohort = Cohort(model, prompt, group, range(group))
-            cohort.tokens, cohort.length = cohort.logits.argmax(-1), length - 1
-            cohort.cache = [x.new_zeros(*x.shape[:3], length, x.shape[4]) for x in cohort.cache]
-            read_tokens(model, [cohort])
+            batch = DecodeBatch(model, prompt, group_size, range(group_size))
+            batch.tokens, batch.length = batch.logits.argmax(-1), length - 1
+            batch.cache = [x.new_zeros(*x.shape[:3], length, x.shape[4]) for x in batch.cache]
+            read_tokens(model, [batch])
         return torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else 0.0
     except torch.OutOfMemoryError:
         return None
@@ -270,12 +273,16 @@ def bench_fits(size: str, settings: Settings, device: torch.device) -> list[dict
     """
     model, rows = build(size, device), []
     for length in settings.lengths:
-        best, group = {"80": 0, "card": 0}, settings.group
-        while group <= 32 * settings.group and (peak := fits(model, settings, group, length)) is not None:
-            best["card"] = group
+        best = {"80": 0, "card": 0}
+        group_size = settings.group_size
+        while group_size <= 32 * settings.group_size:
+            peak = fits(model, settings, group_size, length)
+            if peak is None:
+                break
+            best["card"] = group_size
             if peak <= 80:
-                best["80"] = group
-            group *= 2
+                best["80"] = group_size
+            group_size *= 2
         rows.append(
             {
                 "what": "fits",
@@ -283,7 +290,7 @@ def bench_fits(size: str, settings: Settings, device: torch.device) -> list[dict
                 "length": length,
                 "group_in_80_gb": best["80"],
                 "group_on_this_card": best["card"],
-                "most_tried": 32 * settings.group,
+                "most_tried": 32 * settings.group_size,
             }
         )
     return rows
@@ -318,13 +325,13 @@ def main(argv: list[str] | None = None) -> int:
     if device.type != "cuda" and (device.type != "cpu" or set(settings.sizes) != {"test"}):
         raise InputError(
             "no GPU here: bench_gpu.py measures on CUDA; "
-            "on a CPU use --sizes test --device cpu --prompt 60 --new 20 --group 4"
+            "on a CPU use --sizes test --device cpu --prompt 60 --new 20 --group-size 4"
         )
     if not settings.json:
         card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         print(
             f"{card}, torch {torch.__version__}, {bandwidth(device) / 1e12:.2f} TB/s by a copy; "
-            f"{settings.prompt} prompt tokens, G = {settings.group}, {settings.new} new tokens"
+            f"{settings.prompt} prompt tokens, G = {settings.group_size}, {settings.new} new tokens"
         )
     for size in settings.sizes:
         for part in settings.parts:

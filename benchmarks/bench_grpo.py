@@ -18,6 +18,7 @@ import dataclasses
 import gc
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -34,10 +35,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-import grpo
-from data import command_line, run_main, setting
+from grpo import Rollouts, StepMetrics, TrainSettings, group_advantages, grpo_loss, policy_microbatches
 from model import Agent, encode_prompts, forward, microbatches, sample
-from toy import ToySettings
+from support.cli import command_line, run_main, setting
+from support.optimizer import MasterAdamW
+from toy import TOY
 
 
 @dataclasses.dataclass
@@ -45,7 +47,7 @@ class Settings:
     """Settings of the benchmark."""
 
     size: str = setting("tiny", "Which model and lengths.", choices=("tiny", "small"))
-    repeats: int = setting(5, "Pairs of runs; the median counts.", least=1)
+    repeats: int = setting(5, "Pairs of runs; the median counts.", minimum=1)
     beta: list[float] = setting(lambda: [0.0, 0.04], "KL weights of the step.", nargs="+", type=float)
     only: str = setting(
         "both",
@@ -63,15 +65,15 @@ class Settings:
 class Size:
     """Model shape and lengths: prompts of `prompt` tokens, answers of up to `new`.
 
-    `group` of them in sampling, `step_group` in a step.
+    `group_size` of them in sampling, `step_group_size` in a step.
     """
 
     config: dict
     prompt: int
     new: int
     prompts: int
-    step_group: int
-    group: int = 32
+    step_group_size: int
+    group_size: int = 32
     step_prompts: int = 1
 
 
@@ -88,7 +90,7 @@ SIZES = {
         prompt=300,
         new=96,
         prompts=4,
-        step_group=32,
+        step_group_size=32,
     ),
     "small": Size(
         dict(
@@ -102,7 +104,7 @@ SIZES = {
         prompt=1500,
         new=128,
         prompts=1,
-        step_group=8,
+        step_group_size=8,
     ),
 }
 END = 2
@@ -256,8 +258,8 @@ def limit_seconds(
     return decoding + (prompt_flops + passes * (prompt_flops + answer_flops)) / flops_per_s
 
 
-def generate(model, ids: torch.Tensor, group: int, new: int, **options) -> torch.Tensor:
-    """transformers' generate: `group` answers of up to `new` tokens to each prompt of ids [B, P]."""
+def generate(model, ids: torch.Tensor, group_size: int, new: int, **options) -> torch.Tensor:
+    """transformers' generate: `group_size` answers of up to `new` tokens to each prompt of ids [B, P]."""
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -266,13 +268,13 @@ def generate(model, ids: torch.Tensor, group: int, new: int, **options) -> torch
         top_k=0,
         top_p=1.0,
         max_new_tokens=new,
-        num_return_sequences=group,
+        num_return_sequences=group_size,
         **options,
     )
 
 
 def bench_sample(size: Size, settings: Settings) -> list[dict]:
-    """`sample` against generate(num_return_sequences=group): a prompt a call and all at once, a row each."""
+    """`sample` against generate(num_return_sequences=G): a prompt a call and all at once, a row each."""
     model = build(size)
     prompts = torch.randint(
         3, size.config["vocab_size"], (size.prompts, size.prompt), generator=torch.Generator().manual_seed(0)
@@ -280,12 +282,14 @@ def bench_sample(size: Size, settings: Settings) -> list[dict]:
     seen = {}
 
     def ours():
-        answers = sample(model, prompts.tolist(), size.group, size.new, 1.0, [END], seed=0, max_rows=64)
+        answers = sample(
+            model, prompts.tolist(), size.group_size, size.new, 1.0, [END], seed=0, max_num_seqs=64
+        )
         lengths = [len(c.ids) for row in answers for c in row]
         seen["lengths"] = lengths
 
     def peer(ids):
-        return generate(model, ids, size.group, size.new)
+        return generate(model, ids, size.group_size, size.new)
 
     peers = {"peer": ("generate, a prompt a call", lambda: [peer(p[None]) for p in prompts])}
     if size.prompts > 1:
@@ -309,11 +313,19 @@ def reward_of_ids(ids: list[int]) -> float:
 
 
 def update_by_ids(agent: Agent, reference, optimizer, prompts, groups, options) -> None:
-    """The rest of a step once the groups are sampled: `reward_of_ids`, advantage, loss, AdamW."""
+    """What `grpo_step` does once the groups are sampled, with `reward_of_ids`: advantage, loss, AdamW."""
     completions = [c for group in groups for c in group]
-    rewards = torch.tensor([reward_of_ids(c.ids) for c in completions]).view(len(prompts), options.group)
-    rollouts = grpo.Rollouts([], prompts, completions, [], [], 0.0, 1.0)
-    grpo.update_policy(agent, reference, optimizer, rollouts, grpo.group_advantages(rewards), 1e-6, options)
+    rewards = torch.tensor([reward_of_ids(c.ids) for c in completions]).view(len(prompts), options.group_size)
+    rollouts = Rollouts([], prompts, completions, [], [], 0.0, 1.0)
+    advantages, metrics = group_advantages(rewards), StepMetrics()
+    for batch in policy_microbatches(agent, reference, rollouts, advantages, options):
+        loss = grpo_loss(batch.logps, batch.ref_logps, batch.advantages, batch.lengths, options.beta)
+        loss = loss * len(batch.rows) / advantages.numel()
+        loss.backward()
+        metrics.add(batch, loss)
+    finite = math.isfinite(metrics.means(reference is not None)["loss"])
+    if metrics.tokens:
+        optimizer.step(1e-6, options.grad_clip, skip=not finite)
 
 
 def bench_step(size: Size, settings: Settings, beta: float) -> dict:
@@ -324,13 +336,16 @@ def bench_step(size: Size, settings: Settings, beta: float) -> dict:
     ).tolist()
     mine, theirs = build(size), build(size)
     reference = build(size) if beta else None
-    optimizer = grpo.MasterAdamW([p for p in mine.parameters() if p.requires_grad])
+    optimizer = MasterAdamW(mine.parameters())
     # Short micro-batches of like length: little padding, little memory.
-    options = ToySettings(group=size.step_group, beta=beta, answer_tokens=384)
+    changes = {"group_size": size.step_group_size, "beta": beta, "microbatch_tokens": 384}
+    options = TrainSettings(**TOY | changes)
     agent, steps, seen = Agent(mine, None, [END]), iter(range(10**6)), {}
 
     def ours():
-        groups = sample(mine, prompts, size.step_group, size.new, 1.0, [END], seed=next(steps), max_rows=1024)
+        groups = sample(
+            mine, prompts, size.step_group_size, size.new, 1.0, [END], seed=next(steps), max_num_seqs=1024
+        )
         seen["lengths"] = [len(c.ids) for group in groups for c in group]
         update_by_ids(agent, reference, optimizer, prompts, groups, options)
 
@@ -363,8 +378,8 @@ def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
     folder = tempfile.mkdtemp()
     config = trl.GRPOConfig(
         output_dir=folder,
-        per_device_train_batch_size=size.step_group * len(prompts),
-        num_generations=size.step_group,
+        per_device_train_batch_size=size.step_group_size * len(prompts),
+        num_generations=size.step_group_size,
         max_completion_length=size.new,
         temperature=1.0,
         learning_rate=1e-6,
@@ -381,7 +396,7 @@ def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
         reward_funcs=lambda completion_ids, **_: [reward_of_ids(ids) for ids in completion_ids],
     )
     trainer.create_optimizer_and_scheduler(10**6)
-    batch = [{"prompt": row} for row in rows["prompt"] for _ in range(size.step_group)]
+    batch = [{"prompt": row} for row in rows["prompt"] for _ in range(size.step_group_size)]
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     if beta:  # the trainer would fetch its reference from the hub by the model's name
@@ -404,7 +419,7 @@ def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
 
 def bench_tricks(size: Size, settings: Settings) -> list[dict]:
     """Each trick against the same code without it. What a trick saves is peer / ours here too."""
-    model, count = build(size), size.step_group
+    model, count = build(size), size.step_group_size
     prompts = torch.randint(
         3, size.config["vocab_size"], (size.prompts, size.prompt), generator=torch.Generator().manual_seed(0)
     ).tolist()
@@ -416,11 +431,11 @@ def bench_tricks(size: Size, settings: Settings) -> list[dict]:
         for n in torch.randint(1, size.new + 1, (count,), generator=generator).tolist()
     ]
 
-    def draw(prompts: list[list[int]], group: int, stop: list[int]) -> None:
-        sample(model, prompts, group, size.new, 1.0, stop, seed=0, max_rows=64)
+    def draw(prompts: list[list[int]], group_size: int, stop: list[int]) -> None:
+        sample(model, prompts, group_size, size.new, 1.0, stop, seed=0, max_num_seqs=64)
 
-    def learn(prompts: list[list[int]], answer_tokens: int) -> None:
-        for batch in microbatches(model, prompts, answers, answer_tokens=answer_tokens):
+    def learn(prompts: list[list[int]], microbatch_tokens: int) -> None:
+        for batch in microbatches(model, prompts, answers, microbatch_tokens=microbatch_tokens):
             batch.logps.sum().backward()
         model.zero_grad()
 
@@ -435,12 +450,12 @@ def bench_tricks(size: Size, settings: Settings) -> list[dict]:
 
     tricks = {
         "sampling: a prompt once for its group": (
-            lambda: draw(prompts, size.group, [END]),
-            lambda: draw([p for p in prompts for _ in range(size.group)], 1, [END]),
+            lambda: draw(prompts, size.group_size, [END]),
+            lambda: draw([p for p in prompts for _ in range(size.group_size)], 1, [END]),
         ),
         "sampling: rows that have ended leave": (
-            lambda: draw(prompts, size.group, [END]),
-            lambda: draw(prompts, size.group, []),
+            lambda: draw(prompts, size.group_size, [END]),
+            lambda: draw(prompts, size.group_size, []),
         ),
         "prompt: one place in the last layer": (
             torch.no_grad()(lambda: encode_prompts(model, prompts[:1])),

@@ -7,7 +7,7 @@
 For each seed the toy model is warm-started once; both loops begin from those weights, with the same pool of
 windows, reward, prompts per step, group, learning rate (constant), AdamW, clipping, temperature and number of
 steps. What differs is what must: the random numbers of sampling, the order of the pool, and TRL's 1e-4 under
-the fraction where we treat a flat group as flat.
+the fraction. (Here a group whose rewards are all equal gets exact zeros.)
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-import grpo
 from bench_grpo import TRL
-from data import Instance, atomic_write, command_line, expand, run_main, setting
+from grpo import TrainSettings, batch_of, grpo_step, supervised
 from model import Agent, Completion
 from plot_toy import smooth
-from rearank import build_messages
+from prompts import build_messages
 from reward import score_response
-from toy import ToySettings, toy_agent, toy_lessons, toy_task
+from support.cli import command_line, run_main, setting
+from support.files import Instance, atomic_write
+from support.optimizer import MasterAdamW
+from toy import TOY, toy_agent, toy_data, toy_lessons
 
 COLUMNS = ("loop", "seed", "step", "reward", "ndcg", "seconds")
 
@@ -47,11 +49,11 @@ class Settings:
     seeds: list[int] = setting(
         lambda: [0, 1, 2], "Seeds: of the warm start, the pool and the sampling.", nargs="+", type=int
     )
-    steps: int = setting(100, "GRPO steps.", least=1)
-    prompts_per_step: int = setting(16, "Prompts in a step.", least=1)
-    group: int = setting(16, "Rollouts for each prompt.", least=2)
+    steps: int = setting(100, "GRPO steps.", minimum=1)
+    prompts_per_step: int = setting(16, "Prompts in a step.", minimum=1)
+    group_size: int = setting(16, "Rollouts for each prompt.", minimum=2)
     lr: float = setting(5e-4, "Learning rate, constant.")
-    sft_steps: int = setting(700, "Supervised steps of the warm start.", least=0)
+    sft_steps: int = setting(700, "Supervised steps of the warm start.", minimum=0)
     threads: int = setting(1, "Threads for torch.")
     csv: str = setting(
         str(Path(__file__).with_name("learning_curves.csv")), "The curves; the plot goes beside it."
@@ -59,53 +61,29 @@ class Settings:
     plot_only: bool = setting(False, "Only draw and judge the curves that --csv holds.")
 
 
-def toy_settings(settings: Settings, seed: int) -> ToySettings:
+def toy_settings(settings: Settings, seed: int) -> TrainSettings:
     """The toy run's settings with what this comparison changes."""
-    return dataclasses.replace(
-        ToySettings(),
-        seed=seed,
-        steps=settings.steps,
-        prompts_per_step=settings.prompts_per_step,
-        group=settings.group,
-        lr=settings.lr,
-        warmup=0,
-        decay=False,
-        beta=0.0,
-        sft_steps=settings.sft_steps,
-    )
+    names = ("steps", "prompts_per_step", "group_size", "lr", "sft_steps")
+    changes = {name: getattr(settings, name) for name in names}
+    changes |= {"seed": seed, "warmup": 0, "decay": False, "beta": 0.0}
+    return TrainSettings(**TOY | changes)
 
 
-def warm_start(options: ToySettings) -> tuple[Agent, list[Instance]]:
+def warm_start(options: TrainSettings) -> tuple[Agent, list[Instance]]:
     """The toy run's warm-started agent and its pool of windows."""
     agent = toy_agent(options.seed)
-    grpo.supervised(
-        agent,
-        toy_lessons(agent, options),
-        options.sft_steps,
-        options.sft_lr,
-        options,
-        f"warm start, seed {options.seed}",
-    )
-    candidates, qrels = toy_task(200, 20, options.seed)
-    return agent, expand(
-        candidates,
-        qrels,
-        options.draws,
-        options.window,
-        options.order,
-        options.keep_draws,
-        options.min_ndcg,
-        options.seed,
-    )
+    title = f"warm start, seed {options.seed}"
+    supervised(agent, toy_lessons(agent, options), options.sft_steps, options.sft_lr, options, title)
+    instances, _ = toy_data(options)
+    return agent, instances
 
 
-def our_curve(agent: Agent, instances: list[Instance], options: ToySettings) -> list[dict]:
+def our_curve(agent: Agent, instances: list[Instance], options: TrainSettings) -> list[dict]:
     """A row a step from our loop."""
-    optimizer, rows = grpo.MasterAdamW(list(agent.model.parameters())), []
+    optimizer, rows = MasterAdamW(agent.model.parameters()), []
     for step in tqdm(range(1, options.steps + 1), desc=f"ours, seed {options.seed}"):
-        row, _ = grpo.grpo_step(
-            agent, None, optimizer, grpo.batch_of(instances, step, options), options.lr, options, step
-        )
+        batch = batch_of(instances, step, options)
+        row, _ = grpo_step(agent, None, optimizer, batch, options.lr, options, step)
         rows.append(
             {
                 "loop": "ours",
@@ -116,7 +94,7 @@ def our_curve(agent: Agent, instances: list[Instance], options: ToySettings) -> 
     return rows
 
 
-def trl_curve(agent: Agent, instances: list[Instance], options: ToySettings) -> list[dict]:
+def trl_curve(agent: Agent, instances: list[Instance], options: TrainSettings) -> list[dict]:
     """A row a step from trl.GRPOTrainer, whose reward function records what it was asked to judge."""
     import trl
     from datasets import Dataset
@@ -147,11 +125,11 @@ def trl_curve(agent: Agent, instances: list[Instance], options: ToySettings) -> 
         agent.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         for chat in chats
     ]
-    batch = options.prompts_per_step * options.group
+    batch = options.prompts_per_step * options.group_size
     config = trl.GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=batch,
-        num_generations=options.group,
+        num_generations=options.group_size,
         max_completion_length=options.max_new_tokens,
         temperature=options.temperature,
         learning_rate=options.lr,

@@ -22,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from data import cache_folder, command_line, read_candidates, run_main, setting
 from model import Agent, load_agent, sample
-from rearank import encode_prompt
+from prompts import encode_prompt
+from support.cli import command_line, run_main, setting
+from support.download import cache_folder
+from support.files import read_candidates
 
 
 @dataclasses.dataclass
@@ -33,11 +35,11 @@ class Settings:
 
     model: str = setting("", "A model folder or hub name.", required=True)
     input: str = setting("", "Candidates (default: DL19's, where `python data.py download dl19` puts them).")
-    windows: int = setting(8, "Windows of 20 passages, of different queries.", least=1)
-    new: int = setting(64, "Longest answer.", least=1)
+    windows: int = setting(8, "Windows of 20 passages, of different queries.", minimum=1)
+    new: int = setting(64, "Longest answer.", minimum=1)
     whole: bool = setting(False, "Let every answer run to --new tokens.")
     dtypes: list[str] = setting(lambda: ["bfloat16", "float32"], "Precisions.", nargs="+")
-    repeats: int = setting(3, "Rounds in turn; medians count.", least=1)
+    repeats: int = setting(3, "Rounds in turn; medians count.", minimum=1)
     json: bool = setting(False, "One JSON line a measure instead of the table.")
 
 
@@ -61,7 +63,7 @@ def compare(settings: Settings, dtype: str) -> dict:
 
     def ours() -> list[list[int]]:
         stop = () if settings.whole else agent.stop_ids
-        answers = sample(agent.model, prompts, 1, settings.new, 0.0, stop, max_rows=len(prompts))
+        answers = sample(agent.model, prompts, 1, settings.new, 0.0, stop, max_num_seqs=len(prompts))
         return [answer.ids for [answer] in answers]
 
     def one_by_one() -> list[list[int]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import InputError, command_line, run_main, setting
+from support.cli import InputError, command_line, run_main, setting
 
 
 @dataclasses.dataclass

@@ -12,10 +12,11 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import model as model_module
-from data import InputError
-from grpo import write_model
-from model import add_lora, load_agent, reading, save_adapter
+from model import Agent, load_agent
+from support import checkpoint
+from support.checkpoint import reading, save_adapter, write_model
+from support.cli import InputError
+from support.lora import add_lora
 
 ROOT = Path(__file__).parent.parent
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4000000000\n"
@@ -140,8 +141,9 @@ def test_a_shard_that_is_absent_or_a_pointer_is_named(saved, refusal):
     assert refusal(saved).startswith("model-00001-of-00001.safetensors is a Git LFS pointer")
     (saved / "aside").rename(saved / "model-00001-of-00001.safetensors")
     load_agent(str(saved), "cpu")
-    (saved / "model.safetensors.index.json").write_text("{}")
-    assert refusal(saved).startswith("model.safetensors.index.json ")
+    for content in ("{}", '{"weight_map": ["model-00001-of-00001.safetensors"]}'):
+        (saved / "model.safetensors.index.json").write_text(content)
+        assert refusal(saved).startswith("model.safetensors.index.json ")
 
 
 class RunsCode:
@@ -258,6 +260,16 @@ def test_a_written_checkpoint_says_whether_the_head_is_tied(saved, toy, tmp_path
     torch.testing.assert_close(theirs(ids).logits, agent.model(ids).logits)
 
 
+def test_scaled_position_embeddings_are_written_for_older_readers_too(tmp_path, toy):
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+    model = tiny_model(kind="llama", rope_parameters=rope)
+    write_model(Agent(model, toy.tokenizer, [1]), tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["rope_theta"] == 500.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    again, ids = load_agent(str(tmp_path / "model"), "cpu"), torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(again.model(ids).logits, model(ids).logits)
+
+
 # --- tokenizers
 
 
@@ -281,8 +293,16 @@ def test_the_tokenizer_is_the_folders_own_whatever_class_it_declares(saved, toy,
 
 def test_a_folder_without_a_vocabulary_is_refused(saved, monkeypatch):
     """transformers makes an empty tokenizer where there is none."""
-    monkeypatch.setattr(model_module, "check_files", lambda folder: "")  # as for a name on the hub
+    monkeypatch.setattr(checkpoint, "check_files", lambda folder: "")  # as for a name on the hub
     change(saved / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     (saved / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="its tokenizer has no vocabulary"):
         load_agent(str(saved), "cpu")
+
+
+def test_the_folder_of_a_run_names_the_checkpoint_to_pass(saved, tmp_path, refusal):
+    (tmp_path / "run/saves").mkdir(parents=True)
+    saved.rename(tmp_path / "run/checkpoint")
+    (tmp_path / "run/config.json").write_text('{"seed": 0}')
+    assert refusal(tmp_path / "run") == (
+        f"this is the folder of a run of grpo.py; pass {tmp_path / 'run/checkpoint'}")

@@ -19,7 +19,10 @@ import huggingface_hub
 import pytest
 
 import data
-from data import InputError, expand, read_instances, read_qrels
+from data import expand
+from support import download
+from support.cli import InputError
+from support.files import Instance, read_candidates, read_instances, read_qrels
 
 CONTENT = b"1 0 a 1\n" * 30_000  # 240 kB
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -132,15 +135,15 @@ def server(monkeypatch, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.log, server.hub, server.rows, server.faults, server.released = [], {}, [], {}, threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(data, "WAIT", 0.01)
-    monkeypatch.setattr(data, "TIMEOUT", 0.3)
-    monkeypatch.setattr(data, "ROWS", server.url)
+    monkeypatch.setattr(download, "WAIT", 0.01)
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "ROWS", server.url)
     monkeypatch.setenv("REARANK_DATA", str(tmp_path / "cache"))
     hub_file = functools.partial(
         huggingface_hub.hf_hub_download, endpoint=server.url, cache_dir=tmp_path / "hub"
     )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub_file)
-    monkeypatch.setattr(data, "hub_answers", lambda: True)
+    monkeypatch.setattr(download, "hub_answers", lambda: True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -166,7 +169,7 @@ def on_hub(server, source, body):
 
 @pytest.mark.parametrize("how, requests", [("good", 1), ("moved", 2), ("cut_once", 2), ("stalls_once", 2)])
 def test_a_file_arrives_whole_whatever_the_server_does(server, tmp_path, how, requests):
-    path = data.fetch(f"{server.url}/{how}/file.txt", tmp_path / "sub", MD5)
+    path = download.fetch(f"{server.url}/{how}/file.txt", tmp_path / "sub", MD5)
     assert (
         path == tmp_path / "sub" / "file.txt" and path.read_bytes() == CONTENT and len(server.log) == requests
     )
@@ -175,12 +178,12 @@ def test_a_file_arrives_whole_whatever_the_server_does(server, tmp_path, how, re
 
 def test_what_is_there_and_valid_is_not_fetched_again_and_what_is_damaged_is(server, tmp_path):
     (tmp_path / "file").write_bytes(CONTENT)
-    data.fetch(f"{server.url}/good/file", tmp_path, MD5)
+    download.fetch(f"{server.url}/good/file", tmp_path, MD5)
     assert server.log == []
     (tmp_path / "file").write_bytes(CONTENT[:-1])
-    assert data.fetch(f"{server.url}/good/file", tmp_path, MD5).read_bytes() == CONTENT
+    assert download.fetch(f"{server.url}/good/file", tmp_path, MD5).read_bytes() == CONTENT
     (tmp_path / "file").write_bytes(b"of the user's own")  # where no checksum is known, it is taken
-    assert data.fetch(f"{server.url}/good/file", tmp_path, "").read_bytes() == b"of the user's own"
+    assert download.fetch(f"{server.url}/good/file", tmp_path, "").read_bytes() == b"of the user's own"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,7 @@ def test_what_cannot_be_had_is_one_line_with_the_address_and_the_place_and_nothi
     server, tmp_path, how, reason, requests
 ):
     with pytest.raises(InputError) as error:
-        data.fetch(f"{server.url}/{how}/file", tmp_path / "sub", MD5)
+        download.fetch(f"{server.url}/{how}/file", tmp_path / "sub", MD5)
     message = str(error.value)
     assert f"{server.url}/{how}/file" in message and str(tmp_path / "sub" / "file") in message
     assert reason in message and "\n" not in message and "by hand" in message
@@ -205,30 +208,30 @@ def test_what_cannot_be_had_is_one_line_with_the_address_and_the_place_and_nothi
 
 
 def test_nobody_listening_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "WAIT", 0.01)
+    monkeypatch.setattr(download, "WAIT", 0.01)
     with pytest.raises(InputError, match="cannot fetch http://127.0.0.1:9/file .*refused.* by hand"):
-        data.fetch("http://127.0.0.1:9/file", tmp_path, MD5)
+        download.fetch("http://127.0.0.1:9/file", tmp_path, MD5)
 
 
 def test_a_missing_checksum_is_said_and_a_web_page_is_no_data(server, tmp_path, capsys):
-    data.fetch(f"{server.url}/qrels/file", tmp_path, "")
+    download.fetch(f"{server.url}/qrels/file", tmp_path, "")
     assert capsys.readouterr().err == f"{server.url}/qrels/file: no checksum is published for this file\n"
     with pytest.raises(InputError, match="expected data, found .*DOCTYPE"):
-        data.fetch(f"{server.url}/page/other", tmp_path, "")
+        download.fetch(f"{server.url}/page/other", tmp_path, "")
     assert files_below(tmp_path) == ["file"]
 
 
 def test_a_file_of_the_hub_is_fetched_once_and_a_wrong_one_is_not_taken(server, tmp_path):
     source = on_hub(server, "owner/set/folder/lists.jsonl", CONTENT)
     for _ in range(2):
-        path = data.fetch(source, tmp_path / "lists", MD5)
+        path = download.fetch(source, tmp_path / "lists", MD5)
         assert path == tmp_path / "lists" / "lists.jsonl" and path.read_bytes() == CONTENT
     assert len(server.log) == 1
     path.unlink()
-    data.fetch(source, tmp_path / "lists", MD5)
+    download.fetch(source, tmp_path / "lists", MD5)
     assert len(server.log) == 1, "the hub's own cache has it"
     with pytest.raises(InputError, match="expected a file of MD5 00"):
-        data.fetch(source, tmp_path / "other", "0" * 32)
+        download.fetch(source, tmp_path / "other", "0" * 32)
     assert not (tmp_path / "other").exists()
 
 
@@ -236,7 +239,7 @@ def test_what_the_hub_does_not_have_is_one_line(server, tmp_path):
     with pytest.raises(
         InputError, match="cannot fetch owner/set/lists.jsonl .*by hand"
     ) as error:
-        data.fetch("owner/set/lists.jsonl", tmp_path, MD5)
+        download.fetch("owner/set/lists.jsonl", tmp_path, MD5)
     assert "\n" not in str(error.value) and str(tmp_path / "lists.jsonl") in str(error.value)
 
 
@@ -272,18 +275,18 @@ BAD_ARCHIVES += [make_tar(GOOD)[:-20], b"nonsense", HTML]
 
 @pytest.mark.parametrize("body", BAD_ARCHIVES, ids=range(len(BAD_ARCHIVES)))
 def test_an_unsafe_or_damaged_archive_leaves_nothing_behind(server, tmp_path, body):
-    on_hub(server, data.BRIGHT_ARCHIVE, body)
+    on_hub(server, download.BRIGHT_ARCHIVE, body)
     with pytest.raises(InputError, match="unsafe or damaged, nothing was unpacked") as error:
-        data.download("bright")
+        download.download("bright")
     assert "\n" not in str(error.value) and files_below(tmp_path / "cache") == []
     assert not (tmp_path / "outside").exists()
 
 
 def test_a_good_archive_is_unpacked_once_and_an_absolute_name_stays_inside(server, tmp_path):
     body = make_tar(("first", tarfile.DIRTYPE, ""), GOOD, ("/absolute/second.txt", None, ""))
-    on_hub(server, data.BRIGHT_ARCHIVE, body)
+    on_hub(server, download.BRIGHT_ARCHIVE, body)
     for _ in range(2):
-        (folder,) = data.download("bright")
+        (folder,) = download.download("bright")
         assert files_below(tmp_path / "cache") == [
             "bright",
             "bright/absolute",
@@ -318,10 +321,10 @@ def offer_windows(server, monkeypatch, rows):
 
     monkeypatch.setattr(Handler, "judged", judged, raising=False)
     for qid, name in (("0", "dl21"), ("1", "dl22")):
-        monkeypatch.setitem(data.TABLE_1, name, ("", "", f"{server.url}/judged/{qid}", "", None))
-    monkeypatch.setattr(data, "DL23", (f"{server.url}/judged/2", ""))
+        monkeypatch.setitem(download.TABLE_1, name, ("", "", f"{server.url}/judged/{qid}", "", None))
+    monkeypatch.setattr(download, "DL23", (f"{server.url}/judged/2", ""))
     return [
-        data.Instance(
+        Instance(
             str(n % 3),
             f"query {n % 3}",
             [f"d{d}" for d in numbers],
@@ -345,12 +348,12 @@ def test_the_windows_come_page_by_page_with_labels_from_the_three_judgements(
     server, monkeypatch, tmp_path, rows, capsys
 ):
     expected = offer_windows(server, monkeypatch, rows)
-    (path,) = data.download("rearank_12k")
+    (path,) = download.download("rearank_12k")
     assert read_instances(path) == expected and pages_asked(server) == [*range(0, rows, 100)]
     assert f"{rows} windows; the paper has 12,603" in capsys.readouterr().err
     assert files_below(path.parent) == ["instances.jsonl"]
     requests = len(server.log)
-    assert data.download("rearank_12k") == [path] and len(server.log) == requests
+    assert download.download("rearank_12k") == [path] and len(server.log) == requests
 
 
 @pytest.mark.parametrize("fault", ["html", "500", "cut", "short", "truncated", "another place", "list"])
@@ -360,46 +363,46 @@ def test_a_bad_page_is_one_line_and_the_next_attempt_goes_on_where_it_was(
     expected = offer_windows(server, monkeypatch, 250)
     server.faults = {100: fault}
     with pytest.raises(InputError, match=r"/rows\?.*offset=100.*try again") as error:
-        data.download("rearank_12k")
+        download.download("rearank_12k")
     assert (
         "\n" not in str(error.value) and not (tmp_path / "cache" / "rearank_12k" / "instances.jsonl").exists()
     )
     assert files_below(tmp_path / "cache" / "rearank_12k" / "pages") == ["000000.json"]
     server.faults, server.log = {}, []
-    (path,) = data.download("rearank_12k")
+    (path,) = download.download("rearank_12k")
     assert read_instances(path) == expected and pages_asked(server) == [100, 200]
 
 
 def test_a_data_set_without_rows_is_refused(server, monkeypatch, tmp_path):
     offer_windows(server, monkeypatch, 0)
     for qid, name in (("0", "dl21"), ("1", "dl22")):
-        monkeypatch.setitem(data.TABLE_1, name, ("", "", f"{server.url}/qrels/{qid}", "", None))
-    monkeypatch.setattr(data, "DL23", (f"{server.url}/qrels/2", ""))
+        monkeypatch.setitem(download.TABLE_1, name, ("", "", f"{server.url}/qrels/{qid}", "", None))
+    monkeypatch.setattr(download, "DL23", (f"{server.url}/qrels/2", ""))
     with pytest.raises(InputError, match="offset=0.* expected whole rows"):
-        data.download("rearank_12k")
+        download.download("rearank_12k")
 
 
 def test_an_interrupted_download_goes_on_where_it_was(server, monkeypatch, tmp_path):
-    expected, fetch = offer_windows(server, monkeypatch, 250), data.get
+    expected, fetch = offer_windows(server, monkeypatch, 250), download.get
 
     def interrupted(url, path):
         if "offset=200" in url:
             raise KeyboardInterrupt
         return fetch(url, path)
 
-    monkeypatch.setattr(data, "get", interrupted)
+    monkeypatch.setattr(download, "get", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        data.download("rearank_12k")
-    monkeypatch.setattr(data, "get", fetch)
+        download.download("rearank_12k")
+    monkeypatch.setattr(download, "get", fetch)
     server.log.clear()
-    assert read_instances(*data.download("rearank_12k")) == expected and pages_asked(server) == [200]
+    assert read_instances(*download.download("rearank_12k")) == expected and pages_asked(server) == [200]
 
 
 def test_windows_without_judgements_are_refused(server, monkeypatch, tmp_path):
     offer_windows(server, monkeypatch, 250)
     server.rows[7]["hits"][0]["qid"] = 5
     with pytest.raises(InputError, match="query 5 has no judgements"):
-        data.download("rearank_12k")
+        download.download("rearank_12k")
     assert not (tmp_path / "cache" / "rearank_12k" / "instances.jsonl").exists()
 
 
@@ -407,7 +410,7 @@ def test_an_answer_without_a_train_split_is_one_line(server, monkeypatch, tmp_pa
     offer_windows(server, monkeypatch, 1)
     monkeypatch.setattr(Handler, "splits", Handler.page)
     with pytest.raises(InputError, match="splits.*: expected JSON with a train split"):
-        data.download("rearank_12k")
+        download.download("rearank_12k")
 
 
 # -- the command and training data ---------------------------------------------------------------------------
@@ -417,7 +420,7 @@ def offer_set(server, monkeypatch, name, paper=50.0):
     """Make `name` a set of one list (a, b) and two judged queries, of which the list has one."""
     source = on_hub(server, f"owner/set/{name}.jsonl", LISTS)
     entry = (source, hashlib.md5(LISTS).hexdigest(), f"{server.url}/qrels/{name}.txt", "", paper)
-    monkeypatch.setitem(data.TABLE_1, name, entry)
+    monkeypatch.setitem(download.TABLE_1, name, entry)
 
 
 def test_the_command_prints_places_and_the_first_stage_and_goes_on_after_a_failure(
@@ -426,7 +429,7 @@ def test_the_command_prints_places_and_the_first_stage_and_goes_on_after_a_failu
     offer_set(server, monkeypatch, "dl19")
     offer_set(server, monkeypatch, "dl21", None)
     monkeypatch.setitem(
-        data.TABLE_1, "dl20", (f"{server.url}/absent/lists", MD5, f"{server.url}/qrels/q", "", 1.0)
+        download.TABLE_1, "dl20", (f"{server.url}/absent/lists", MD5, f"{server.url}/qrels/q", "", 1.0)
     )
     assert data.main(["download", "dl20", "chess", "dl19", "dl21"]) == 2
     printed = capsys.readouterr()
@@ -469,8 +472,8 @@ def test_training_data_by_name_is_downloaded_on_demand(server, monkeypatch, caps
     with pytest.raises(InputError, match="query 1 is in both dl21 and dl22"):
         data.training_instances(["auto"])
     instances, what = data.training_instances(["dl21"])
-    candidates, qrels = data.download("dl21")
-    assert instances == expand(data.read_candidates(candidates), read_qrels(qrels)) and what["data"] == [
+    candidates, qrels = download.download("dl21")
+    assert instances == expand(read_candidates(candidates), read_qrels(qrels)) and what["data"] == [
         "dl21"
     ]
     assert instances[0].docids == ["a", "b"] and instances[0].labels == [0, 1]
@@ -480,16 +483,16 @@ def test_the_cache_folder_is_the_users_choice(monkeypatch, tmp_path):
     monkeypatch.setenv("REARANK_DATA", "~/elsewhere")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert data.cache_folder() == tmp_path / "elsewhere"
+    assert download.cache_folder() == tmp_path / "elsewhere"
     monkeypatch.delenv("REARANK_DATA")
-    assert data.cache_folder() == tmp_path / ".cache" / "rearank"
+    assert download.cache_folder() == tmp_path / ".cache" / "rearank"
 
 
 def test_every_set_of_the_papers_table_has_candidates_and_judgements():
-    assert [*data.TABLE_1] == (
+    assert [*download.TABLE_1] == (
         "dl19 dl20 dl21 dl22 covid nfcorpus dbpedia scifact signal news robust04"
     ).split()
-    for candidates, candidates_md5, qrels, qrels_md5, paper in data.TABLE_1.values():
+    for candidates, candidates_md5, qrels, qrels_md5, paper in download.TABLE_1.values():
         assert (
             candidates.count("/") >= 2 and not candidates.startswith("http") and qrels.startswith("https://")
         )
@@ -506,5 +509,5 @@ def test_the_hub_without_a_network_is_one_line_within_seconds(monkeypatch, tmp_p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     started = time.monotonic()
     with pytest.raises(InputError, match="cannot fetch nobody/nothing/x.jsonl .*put it at") as refused:
-        data.get("nobody/nothing/x.jsonl", tmp_path / "x.jsonl")
+        download.get("nobody/nothing/x.jsonl", tmp_path / "x.jsonl")
     assert time.monotonic() - started < 3 and "\n" not in str(refused.value)

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval as trec
-from data import BRIGHT_SPLITS, InputError
+from data import BRIGHT_SPLITS
 from eval import bootstrap_interval, evaluate, parse_measures, randomisation_test
 from reward import ndcg
+from support.cli import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"
@@ -578,6 +579,15 @@ def test_brights_headline_is_the_plain_mean_of_the_splits_with_missing_queries_a
     assert len(lines) == 13 and [float(line.split()[1]) for line in lines[:4]] == [100, 50, 33.33, 0]
     assert lines[0].split()[2] == "1" and lines[11].split()[2] == "12"
     assert float(lines[-1].split()[1]) == round((100 + 50 + 100 / 3) / 12, 2) and "12 splits" in lines[-1]
+
+
+def test_brights_runs_may_lie_beside_the_reasoning_that_rearank_writes(tmp_path, capsys):
+    runs, qrels = bright_folders(tmp_path)
+    for path in [*runs.iterdir()]:
+        path.rename(runs / f"{path.stem}.trec")
+        (runs / f"{path.stem}.trec.jsonl").write_text("{}\n")
+    trec.main(["--bright", str(runs), "--qrels", str(qrels)])
+    assert "12 splits" in capsys.readouterr().out
 
 
 def test_brights_corrected_judgements_are_a_choice_and_a_mean_of_some_splits_is_marked(tmp_path, capsys):

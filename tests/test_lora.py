@@ -6,24 +6,18 @@ import json
 
 import pytest
 import torch
-from conftest import random_prompts, tiny_model
+from conftest import arguments, one_window, quick, random_prompts, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import grpo
-from grpo import MasterAdamW, RunFolder, Settings, grpo_loss, train
-from model import (
-    LORA_SCALE,
-    LoRALinear,
-    add_lora,
-    load_agent,
-    merged_state,
-    microbatches,
-    parameters,
-    sample,
-    save_adapter,
-)
-from test_grpo import arguments, folder, one_window, planned, quick, seven_b  # noqa: F401 (fixtures)
+from grpo import grpo_loss, train
+from model import load_agent, microbatches, sample
+from support.checkpoint import save_adapter
+from support.lora import LORA_SCALE, LoRALinear, add_lora, merged_state
+from support.memory import count_parameters
+from support.optimizer import MasterAdamW
+from support.run_folder import RunFolder
 from toy import toy_agent
 
 
@@ -48,10 +42,9 @@ def test_nothing_changes_at_first_and_only_the_thin_matrices_are_trained(model):
     assert torch.equal(model(ids).logits, before(ids).logits)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 2 * 7 and all(".lora_" in name and 3 in p.shape for name, p in trained)
-    assert sum(p.numel() for _, p in trained) == parameters(model.config, 3)
-    assert (
-        sum(isinstance(m, LoRALinear) for m in model.modules()) == 2 * 7
-    )  # attention's four, the MLP's three
+    assert sum(p.numel() for _, p in trained) == count_parameters(model.config, 3)
+    # Attention's four, the MLP's three.
+    assert sum(isinstance(m, LoRALinear) for m in model.modules()) == 2 * 7
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -62,18 +55,15 @@ def test_gradients_are_the_merged_models_by_the_chain_rule(checkpointing):
     prompts, answers = random_prompts(14, 30), random_prompts(3, 9, 1, 6, seed=1)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
     for m in (model, plain):
-        for batch in microbatches(m, prompts, answers, answer_tokens=12, checkpointing=checkpointing):
+        for batch in microbatches(m, prompts, answers, microbatch_tokens=12, checkpointing=checkpointing):
             grpo_loss(batch.logps, None, advantages[batch.rows], batch.lengths, 0.0).backward()
     compared = 0
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             dW = plain.get_submodule(name).weight.grad
-            torch.testing.assert_close(
-                module.lora_B.grad, LORA_SCALE * dW @ module.lora_A.T, atol=1e-5, rtol=1e-4
-            )
-            torch.testing.assert_close(
-                module.lora_A.grad, LORA_SCALE * module.lora_B.T @ dW, atol=1e-5, rtol=1e-4
-            )
+            dB, dA = LORA_SCALE * dW @ module.lora_A.T, LORA_SCALE * module.lora_B.T @ dW
+            torch.testing.assert_close(module.lora_B.grad, dB, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(module.lora_A.grad, dA, atol=1e-5, rtol=1e-4)
             assert module.weight.grad is None and module.lora_A.grad.abs().max() > 1e-4
             compared += 1
     assert compared == 14
@@ -105,15 +95,8 @@ def test_the_adapter_on_the_base_is_the_merged_checkpoint(tmp_path):
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert config["r"] == 3 and config["lora_alpha"] == 6 and len(tensors) == 28
-    assert config["target_modules"] == [
-        "down_proj",
-        "gate_proj",
-        "k_proj",
-        "o_proj",
-        "q_proj",
-        "up_proj",
-        "v_proj",
-    ]
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj",
+                                        "v_proj"]
     for name, W in base.state_dict().items():
         key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
         if f"{key}A.weight" in tensors:
@@ -127,32 +110,23 @@ def test_peft_reads_the_adapter(tmp_path):
     base.save_pretrained(tmp_path / "base")
     model = moved(copy.deepcopy(base))
     save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
-    theirs = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
-    )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits)
 
 
 def test_a_lora_run_has_one_copy_of_the_weights_and_resumes_as_the_unbroken_one(tmp_path, monkeypatch):
-    references, honest = [], grpo.reference_logps
-    monkeypatch.setattr(
-        grpo,
-        "reference_logps",
-        lambda reference, *more: references.append(reference) or honest(reference, *more),
-    )
+    references, honest = [], grpo.policy_microbatches
+
+    def recorded(agent, reference, *more):
+        references.append(reference)
+        return honest(agent, reference, *more)
+
+    monkeypatch.setattr(grpo, "policy_microbatches", recorded)
 
     def run(name, steps, **changes):
-        settings = quick(
-            tmp_path,
-            out=str(tmp_path / name),
-            steps=steps,
-            reward="random",
-            beta=0.05,
-            lr=1e-2,
-            lora_rank=2,
-            decay=False,
-            **changes,
-        )
+        settings = quick(tmp_path, out=str(tmp_path / name), steps=steps, reward="random", beta=0.05, lr=1e-2,
+                         lora_rank=2, decay=False, **changes)
         agent = toy_agent(0)
         add_lora(agent.model, 2)
         train(agent, one_window(), settings, RunFolder(settings))
@@ -168,34 +142,25 @@ def test_a_lora_run_has_one_copy_of_the_weights_and_resumes_as_the_unbroken_one(
     assert float(log[0]["kl"]) < 1e-6 and float(log[-1]["kl"]) > 1e-4
     run("broken", 2)
     run("broken", 4, resume=True)
-    for file in (
-        "checkpoint/model.safetensors",
-        "adapter/adapter_model.safetensors",
-        "state/optimizer.safetensors",
-    ):
+    state = "saves/grpo-000004/state/optimizer.safetensors"
+    for file in ("checkpoint/model.safetensors", "adapter/adapter_model.safetensors", state):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "broken" / file).read_bytes()
-    assert (
-        len(load_file(tmp_path / "whole/state/optimizer.safetensors"))
-        == 4 * len(references[0].model.layers) * 14
-    )
+    assert len(load_file(tmp_path / "whole" / state)) == 4 * len(references[0].model.layers) * 14
     ids = torch.tensor([[5, 6, 7]])
     again = load_agent(str(tmp_path / "whole/checkpoint"), "cpu").model
     torch.testing.assert_close(again(ids).logits, agent.model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_model_folder_trains_with_lora_also_after_supervised_steps(folder):  # noqa: F811
+def test_a_model_folder_trains_with_lora_also_after_supervised_steps(folder):
     data = ["--data", str(folder / "i.jsonl"), "--lora-rank", "2", "--sft-steps", "2", "--sft-lr", "1e-2"]
     assert grpo.main(arguments(folder, *data)) == 0
     [row] = csv.DictReader(open(folder / "o/log.csv"))
-    assert float(row["kl"]) == pytest.approx(
-        0, abs=1e-6
-    )  # the reference has learnt from the supervised steps too
-    assert json.loads((folder / "o/adapter/adapter_config.json").read_text())[
-        "base_model_name_or_path"
-    ] == str(folder / "m")
-    sft, before = (
-        load_agent(str(folder / name), "cpu").model for name in ("o/saves/sft-000002/checkpoint", "m")
-    )
+    # The reference has learnt from the supervised steps too.
+    assert float(row["kl"]) == pytest.approx(0, abs=1e-6)
+    config = json.loads((folder / "o/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "m")
+    folders = (folder / "o/saves/sft-000002/checkpoint", folder / "m")
+    sft, before = (load_agent(str(path), "cpu").model for path in folders)
     assert not torch.equal(sft.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
 
 
@@ -203,21 +168,3 @@ def test_a_warm_start_before_lora_has_no_adapter_to_save(toy, tmp_path):
     settings = quick(tmp_path, lora_rank=2)
     grpo.supervised(toy, iter([[([5, 6], [7, 1])]]), 1, 1e-3, settings, folder=RunFolder(settings))
     assert (tmp_path / "run/checkpoint").exists() and not (tmp_path / "run/adapter").exists()
-
-
-@pytest.mark.parametrize("gib", ["24", "48"])
-def test_a_7b_fits_a_small_card_with_lora(capsys, seven_b, gib):  # noqa: F811
-    out = planned(capsys, seven_b, "--memory", gib, "--lora-rank", "16")
-    assert float(out.split("together")[1].split()[0]) < 0.95 * float(gib) and "--no-offload" in out
-    assert "gradients in float32          0.0      0.2" in out  # 40 million weights
-    assert "weights                      14.3     14.3" in out  # and they themselves
-
-
-def test_the_plan_of_eight_cards_splits_what_the_optimizer_holds(capsys, seven_b):  # noqa: F811
-    out = planned(capsys, seven_b, "--memory", "79", "--gpus", "8", "--beta", "0")
-    assert (
-        "masters and moments          10.6     10.6" in out
-        and "gradients in float32          0.0     28.4" in out
-    )
-    assert "79 GiB on each of 8 cards are free" in out and "--no-offload" in out
-    assert Settings().gpus == 0  # what torchrun has started

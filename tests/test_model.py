@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
-from data import InputError
 from grpo import grpo_loss
-from model import (Agent, Cohort, Completion, SharedAttention, attend_part, check_architecture, chunks,
+from model import (Agent, Completion, DecodeBatch, SharedAttention, attend_part, check_architecture, chunks,
                    encode_prompts, load_agent, microbatches, pick_device, pick_tokens, project_logps,
                    read_tokens, sample)
-from rearank import encode_prompt
+from prompts import encode_prompt
+from support.cli import InputError
+from support.download import hub_answers
 
 # --- sampling
 
@@ -79,11 +80,11 @@ def test_in_bfloat16_tokens_and_their_log_probabilities_are_those_of_a_full_forw
         assert max(wrong) < 0.1 and sum(wrong) / len(wrong) < 0.01
 
 
-@pytest.mark.parametrize("max_rows", [1, 4, 6, 8, 12, 1000])
-def test_dropping_finished_rows_and_taking_in_new_prompts_changes_no_token(model, max_rows):
+@pytest.mark.parametrize("max_num_seqs", [1, 4, 6, 8, 12, 1000])
+def test_dropping_finished_rows_and_taking_in_new_prompts_changes_no_token(model, max_num_seqs):
     prompts = random_prompts(13, 40, 27, 9, 22)
-    together = sample(model, prompts, 4, 30, 1.0, [3, 5, 7, 11], seed=1, max_rows=20)
-    assert sample(model, prompts, 4, 30, 1.0, [3, 5, 7, 11], seed=1, max_rows=max_rows) == together
+    together = sample(model, prompts, 4, 30, 1.0, [3, 5, 7, 11], seed=1, max_num_seqs=20)
+    assert sample(model, prompts, 4, 30, 1.0, [3, 5, 7, 11], seed=1, max_num_seqs=max_num_seqs) == together
 
 
 def test_encoding_prompts_in_several_passes_changes_no_token(model, monkeypatch):
@@ -104,11 +105,11 @@ def test_the_answers_room_grows_as_often_as_it_must(model):
 def test_cached_decoding_equals_a_full_forward(model):
     prompts, answer = random_prompts(17, 30), random_prompts(12, seed=9)[0]
     with torch.no_grad():
-        cohort, steps = Cohort(model, prompts, 2, range(4)), []
+        batch, steps = DecodeBatch(model, prompts, 2, range(4)), []
         for token in answer:
-            cohort.tokens = torch.full((4,), token)
-            read_tokens(model, [cohort])
-            steps.append(cohort.logits[[0, 1, 2]])  # [R, V] each
+            batch.tokens = torch.full((4,), token)
+            read_tokens(model, [batch])
+            steps.append(batch.logits[[0, 1, 2]])  # [R, V] each
     for row, prompt in enumerate([prompts[0], prompts[0], prompts[1]]):
         with torch.no_grad():
             full = model(torch.tensor([prompt + answer])).logits[0, len(prompt):]
@@ -149,7 +150,8 @@ def test_bfloat16_logits_are_drawn_from_in_float32():
 
 def test_progress_counts_every_answer_once(model):
     ended = []
-    sample(model, random_prompts(13, 40, 27), 5, 20, 1.0, [3, 5, 7, 11], max_rows=10, progress=ended.append)
+    sample(model, random_prompts(13, 40, 27), 5, 20, 1.0, [3, 5, 7, 11], max_num_seqs=10,
+           progress=ended.append)
     assert sum(ended) == 15 and len(ended) > 2
 
 
@@ -166,19 +168,19 @@ class Waits(TorchDispatchMode):
 
 def test_a_decoding_step_never_waits_for_a_value(model):
     with torch.no_grad():
-        cohorts = [Cohort(model, random_prompts(*lengths), 2, range(2 * len(lengths)))
+        batches = [DecodeBatch(model, random_prompts(*lengths), 2, range(2 * len(lengths)))
                    for lengths in ((13, 20), (9,))]
-        for cohort in cohorts:
-            cohort.tokens = cohort.logits.argmax(-1)
+        for batch in batches:
+            batch.tokens = batch.logits.argmax(-1)
         with Waits() as waits:
             for _ in range(2):
-                read_tokens(model, cohorts)
+                read_tokens(model, batches)
     assert waits.count == 0
 
 
 def test_rows_begun_later_read_no_places_that_only_older_rows_have_filled(model):
     with torch.no_grad():
-        old, young = (Cohort(model, random_prompts(13), 2, [0, 1]) for _ in range(2))
+        old, young = (DecodeBatch(model, random_prompts(13), 2, [0, 1]) for _ in range(2))
         old.tokens = young.tokens = torch.tensor([5, 6])
         for _ in range(50):
             read_tokens(model, [old])
@@ -261,7 +263,7 @@ def collected(model, prompts, answers, **sizes) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probabilities_through_a_shared_prompt_equal_a_full_forward(model, temperature):
     prompts, answers = random_prompts(11, 25), random_prompts(1, 7, 4, 12, 2, 9, seed=1)
-    logps = collected(model, prompts, answers, temperature=temperature, answer_tokens=20)
+    logps = collected(model, prompts, answers, temperature=temperature, microbatch_tokens=20)
     for row, answer in enumerate(answers):
         with torch.no_grad():
             wanted = full_logps(model, prompts[row // 3], answer, temperature)
@@ -303,8 +305,9 @@ def test_gradients_through_a_shared_prompt_equal_those_of_the_repeated_prompt(ch
     assert relative_error(shared_gradients(model, *problem()), naive_gradients(model, *problem())) <= 1e-5
 
 
-@pytest.mark.parametrize("sizes", [{"answer_tokens": 1}, {"answer_tokens": 20}, {"prompt_tokens": 1},
-                                   {"prompt_tokens": 60, "answer_tokens": 30}, {"checkpointing": True}])
+@pytest.mark.parametrize("sizes", [
+    {"microbatch_tokens": 1}, {"microbatch_tokens": 20}, {"prompt_batch_tokens": 1},
+    {"prompt_batch_tokens": 60, "microbatch_tokens": 30}, {"checkpointing": True}])
 def test_the_gradient_does_not_depend_on_how_the_work_is_cut(model, sizes):
     cut = shared_gradients(model, *problem(), **sizes)
     assert relative_error(cut, shared_gradients(model, *problem())) <= 1e-5
@@ -318,7 +321,7 @@ def test_projecting_in_chunks_changes_no_gradient(model, monkeypatch):
 
 def test_only_the_groups_asked_for_are_visited_and_rows_keep_their_numbers(model):
     prompts, answers, *_ = problem()
-    rows = [r for batch in microbatches(model, prompts, answers, groups=[0, 2], answer_tokens=20)
+    rows = [r for batch in microbatches(model, prompts, answers, groups=[0, 2], microbatch_tokens=20)
             for r in batch.rows.tolist()]
     assert sorted(rows) == [0, 1, 2, 6, 7, 8]
 
@@ -446,7 +449,6 @@ def test_decode_drops_the_end_token_of_a_finished_answer_and_no_other(toy):
     assert toy.decode(Completion([*ids, 5], True)) == "rain bread"  # whichever id ended it
 
 
-
 def test_every_end_of_turn_token_ends_an_answer(toy):
     toy.model.generation_config.eos_token_id, toy.model.config.eos_token_id = 5, [6, 7]
     toy.tokenizer.add_tokens(["<|eot_id|>"])  # a turn's end, as is <|end|>, which is 1
@@ -537,7 +539,7 @@ def test_a_hub_name_without_a_network_is_one_line_within_seconds(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("urllib.request.getproxies", dict)
     started = time.monotonic()
-    assert not model_module.hub_answers()
+    assert not hub_answers()
     with pytest.raises(InputError, match="cannot be loaded .*without a network") as refused:
         load_agent("nobody/there-is-no-such-model", "cpu")
     assert time.monotonic() - started < 3 and "\n" not in str(refused.value)

@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import full_logps
-from test_plan import cpu_corrections
+from test_memory import cpu_corrections
 
-from data import InputError
-from grpo import MasterAdamW, Settings, grpo_loss, memory_rows, write_model
-from model import load_agent, load_config, microbatches, parameters, sample
-from rearank import Reranker, encode_prompt
+from grpo import TrainSettings, grpo_loss
+from model import load_agent, load_config, microbatches, sample
+from prompts import encode_prompt
+from rearank import Reranker
+from support.checkpoint import write_model
+from support.cli import InputError
+from support.memory import count_parameters, memory_rows
+from support.optimizer import MasterAdamW
 
 FOLDER = os.environ.get("REARANK_TEST_MODEL", "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="REARANK_TEST_MODEL is not set")
@@ -77,7 +81,7 @@ def test_an_update_in_bfloat16_and_its_checkpoint(agents, tmp_path):
 
 @pytest.mark.parametrize("dtype, mean, largest", [("float32", 1e-4, 1e-3), ("bfloat16", 0.1, 1.0)])
 def test_the_sampler_and_the_update_agree_on_log_probabilities(agents, dtype, mean, largest):
-    """What log.csv's logp_diff and logp_diff_max say. In bfloat16 they differ: 0.034 and 0.16 (2026-11-25)."""
+    """What log.csv's logp_diff and logp_diff_max say. In bfloat16: 0.034 and 0.16 (2026-11-25)."""
     agent = agents[dtype]
     prompt = encode_prompt(agent.tokenizer, QUERY, PASSAGES)
     [answers] = sample(agent.model, [prompt], 4, 24, 1.0, agent.stop_ids, seed=1)
@@ -100,7 +104,7 @@ import resource, sys
 from model import load_agent, microbatches
 
 def update(P, T, G):
-    for batch in microbatches(model, [[1] * P], [[1] * T] * G, answer_tokens=1024, checkpointing={again}):
+    for batch in microbatches(model, [[1] * P], [[1] * T] * G, microbatch_tokens=1024, checkpointing={again}):
         batch.logps.sum().backward()
 
 model = load_agent(sys.argv[1], "cpu", "float32").model
@@ -116,16 +120,17 @@ print(int(status.split("VmHWM:")[1].split()[0]) * 1024 - before)
 @pytest.mark.parametrize("again", [True, False])
 def test_the_plan_is_within_15_percent_of_what_the_process_takes(again):
     config, _ = load_config(FOLDER)
-    settings = Settings(beta=0.0, checkpointing=again, group=8, max_rows=8, answer_tokens=1024,
-                        prompt_tokens=2200, max_prompt_tokens=2200, max_new_tokens=128)
-    table = memory_rows(config, parameters(config), settings, 4)
+    settings = TrainSettings(beta=0.0, checkpointing=again, group_size=8, max_num_seqs=8,
+                             microbatch_tokens=1024, prompt_batch_tokens=2200, max_prompt_tokens=2200,
+                             max_new_tokens=128)
+    table = memory_rows(config, count_parameters(config), settings, 4)
     there = ("weights", "masters and moments", "gradients in float32")
     planned = sum(update for what, (_, update, _) in table.items() if what not in there)
     planned += cpu_corrections(config, settings, 1 if again else config.num_hidden_layers)
     done = subprocess.run([sys.executable, "-c", UPDATE.format(again=again), FOLDER], capture_output=True,
                           text=True, check=True, cwd=Path(__file__).parents[1],
                           env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"})  # freed is given back
-    standing = 8 * parameters(config)  # weights and gradients, which were there before
+    standing = 8 * count_parameters(config)  # weights and gradients, which were there before
     assert planned + standing == pytest.approx(int(done.stdout) + standing, rel=0.15)
 
 

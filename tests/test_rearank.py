@@ -1,155 +1,38 @@
-"""The agent: prompts, sliding windows, the reranker, the command line."""
+"""The agent: sliding windows, the reranker, a run on disk that can be resumed, the command line."""
 
 import dataclasses
 import gzip
+import io
 import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-import grpo
 import rearank
-from data import Candidates, InputError, Instance, read_run, write_candidates
-from rearank import (Completion, Reranker, Settings, build_messages, encode_prompt, rerank_file,
-                     sliding_window, window_bounds)
-from reward import score_response
-from toy import ToySettings, toy_task
+from model import Completion
+from rearank import Reranker, RerankSettings, fuse, rerank_file, sliding_window, window_bounds
+from support.cli import InputError, command_line
+from support.files import Candidates, read_run, write_candidates
+from toy import toy_agent, toy_task
 
-# --- prompts
-
-
-def test_the_rearank_prompt_is_the_papers_to_the_letter():
-    turns = build_messages("a {b} c", ["one  two\nthree", "four"])
-    first, *_, last = [m["content"] for m in turns if m["role"] == "user"]
-    assert first == (
-        "I will provide you with passages, each indicated by number identifier []. "
-        "Rank the passages based on their relevance to the search query."
-        "Search Query: a {b} c. \nRank the 2 passages above based on their relevance to the search query."
-        "The passages should be listed in descending order using identifiers. "
-        "The most relevant passages should be listed first. "
-        "The output format should be <answer> [] > [] </answer>, e.g., <answer> [1] > [2] </answer>.")
-    indent = "\n" + " " * 12
-    assert last == (
-        'Please rank these passages according to their relevance to the search query: "a {b} c"' + indent
-        + "Follow these steps exactly:" + indent
-        + "1. First, within <think> tags, analyze EACH passage individually:" + indent
-        + "- Evaluate how well it addresses the query" + indent
-        + "- Note specific relevant information or keywords\n" + indent
-        + "2. Then, within <answer> tags, provide ONLY the final ranking in descending order of relevance "
-        "using the format: [X] > [Y] > [Z]")
-
-
-def test_a_conversation_receives_each_passage_in_turn():
-    messages = build_messages("q", ["one  two\nthree", "x" * 500])
-    assert [m["role"] for m in messages] == ["system"] + ["user", "assistant"] * 3 + ["user"]
-    assert [m["content"] for m in messages[2:6]] == [
-        "Okay, please provide the passages.", "[1] one two three", "Received passage [1].",
-        "[2] " + "x" * 400]
-    assert messages[0]["content"] == (
-        "You are DeepRerank, an intelligent assistant that can rank passages based on their relevancy to the "
-        "search query. You first thinks about the reasoning process in the mind and then provides the user "
-        "with the answer.")
-
-
-def test_the_rankgpt_prompt_asks_for_no_reasoning_and_cuts_at_300_characters():
-    messages = build_messages("q", ["x" * 500], prompt="rankgpt")
-    assert messages[0]["content"] == (
-        "You are RankGPT, an intelligent assistant that can rank passages based on "
-        "their relevancy to the query.")
-    assert messages[1]["content"] == (
-        "I will provide you with 1 passages, each indicated by number identifier []. \n"
-        "Rank the passages based on their relevance to query: q.")
-    assert messages[3]["content"] == "[1] " + "x" * 300
-    assert messages[-1]["content"] == (
-        "Search Query: q. \nRank the 1 passages above based on their relevance to the search query. "
-        "The passages should be listed in descending order using identifiers. "
-        "The most relevant passages should be listed first. "
-        "The output format should be [] > [], e.g., [1] > [2]. "
-        "Only response the ranking results, do not say any word or explain.")
-
-
-def test_the_prompt_is_never_guessed():
-    with pytest.raises(ValueError, match="unknown prompt"):
-        build_messages("q", ["p"], prompt="Rearank-7B")
-
-
-def test_a_long_query_is_cut_so_that_the_prompt_fits(toy):
-    ids = encode_prompt(toy.tokenizer, "rain " * 1000, ["bread oven"] * 10, "toy", max_tokens=200)
-    assert len(ids) <= 200
-    with pytest.raises(InputError, match="smaller window"):
-        encode_prompt(toy.tokenizer, "rain", ["bread"] * 100, "rearank", max_tokens=50)
-
-
-def reasoning_template(toy) -> None:
-    """A template as R1-type models have it: it opens <think> itself."""
-    template = toy.tokenizer.chat_template
-    toy.tokenizer.chat_template = template.replace("<|assistant|> ", "<|assistant|> <think> ")
-
-
-def test_a_template_that_opens_think_leaves_it_in_the_response(monkeypatch, toy):
-    reasoning_template(toy)
-    asked = []
-
-    def answers(model, prompts, *_, **__):
-        asked.extend(toy.tokenizer.decode(p) for p in prompts)
-        ids = toy.tokenizer("rain 1 </think> <answer> [2] > [1] </answer>")["input_ids"] + [1]
-        return [[Completion(ids, True)] for _ in prompts]
-
-    monkeypatch.setattr(rearank, "sample", answers)
-    window = Reranker(toy, "toy").rank("rain", ["a", "b"]).windows[0]
-    assert asked[0].endswith("<|assistant|> <think>") and asked[0].count("<think>") == 1
-    assert window.response.startswith("<think> rain 1 </think>") and window.reasoning == "rain 1"
-    assert score_response(window.response, [0, 3]).format1 == 1
-    monkeypatch.setattr(grpo, "sample", answers)
-    [text] = grpo.sample_rollouts(toy, [Instance("q", "rain", ["a", "b"], ["x", "y"], [0, 3], [0, 3])],
-                                  ToySettings(group=1), 1).texts
-    assert text == window.response  # what is rewarded is what is reranked by
-
-    window = Reranker(toy, "toy", think=False).rank("rain", ["a", "b"]).windows[0]
-    assert asked[-1].endswith("<|assistant|> <think> </think>") and asked[-1].count("<think>") == 1
-    assert window.response.startswith("<think> </think>")
-
-
-def test_a_template_without_system_turns_gets_them_in_the_first_user_turn(toy):
-    toy.tokenizer.chat_template = ("{% if messages[0]['role'] == 'system' %}"
-                                   "{{ raise_exception('no system') }}{% endif %}"
-                                   + toy.tokenizer.chat_template)
-    text = rearank.render_chat(toy.tokenizer, build_messages("q", ["one"]))
-    assert text.startswith("You are DeepRerank") and "I will provide you with passages" in text
-    toy.tokenizer.chat_template = "{{ raise_exception('never') }}"
-    with pytest.raises(InputError, match="chat template cannot write this chat: never"):
-        rearank.render_chat(toy.tokenizer, build_messages("q", ["one"]))
-
-
-def test_prompt_and_answer_fit_into_the_models_positions(toy, capsys):
-    toy.model.config.max_position_embeddings = 60
-    reranker = Reranker(toy, "toy", max_new_tokens=40)
-    assert "the model has 60 positions: answers end at 30 tokens" in capsys.readouterr().err
-    ranking = reranker.rank("rain " * 40, ["bread oven"] * 3)
-    window = ranking.windows[0]
-    assert window.prompt_tokens + window.tokens <= 60 and window.cut.prompt_cut
-    assert not Reranker(toy, "toy", max_new_tokens=20).rank("rain", ["bread"] * 2).windows[0].cut.prompt_cut
-
-
-def test_a_processor_with_bfloat16_reranks_in_it(toy, tmp_path, monkeypatch):
-    toy.model.save_pretrained(tmp_path / "m")
-    toy.tokenizer.save_pretrained(tmp_path / "m")
-    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(rearank, "has_native_bfloat16", lambda native=native: native)
-        assert Reranker(str(tmp_path / "m"), "toy", max_new_tokens=9, device="cpu").agent.model.dtype == dtype
-        fixed = Reranker(str(tmp_path / "m"), "toy", max_new_tokens=9, device="cpu", dtype="float32")
-        assert fixed.agent.model.dtype == torch.float32
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # --- windows
 
 
-@pytest.mark.parametrize(("window", "step"), [(20, 10), (4, 2), (5, 5), (3, 1)])
-def test_every_rank_is_in_a_window_and_neighbours_overlap_for_every_list_length(window, step):
+@pytest.mark.parametrize(("window", "stride"), [(20, 10), (4, 2), (5, 5), (3, 1)])
+def test_every_rank_is_in_a_window_and_neighbours_overlap_for_every_list_length(window, stride):
     for n in range(130):
-        bounds = window_bounds(n, window, step)
-        assert [end for _, end in bounds] == list(range(n, n - step * len(bounds), -step))
+        bounds = window_bounds(n, window, stride)
+        assert [end for _, end in bounds] == list(range(n, n - stride * len(bounds), -stride))
         assert all(start == max(0, end - window) for start, end in bounds)
         assert set().union(*(range(*b) for b in bounds)) == (set(range(n)) if n > 1 else set())
         # Rank 0 is reached once, at last.
@@ -168,18 +51,18 @@ def test_the_windows_ranked_are_the_windows_counted():
         assert seen == window_bounds(n)
 
 
-@pytest.mark.parametrize(("window", "step"), [(4, 2), (5, 5), (20, 10), (3, 1)])
-def test_good_passages_bubble_up_by_at_most_window_minus_step(window, step):
+@pytest.mark.parametrize(("window", "stride"), [(4, 2), (5, 5), (20, 10), (3, 1)])
+def test_good_passages_bubble_up_by_at_most_window_minus_stride(window, stride):
     items = list(range(50))  # the larger the better; the best stands last
-    result = sliding_window(items, lambda w: sorted(range(len(w)), key=lambda i: -w[i]), window, step)
+    result = sliding_window(items, lambda w: sorted(range(len(w)), key=lambda i: -w[i]), window, stride)
     assert sorted(result) == items
-    assert result[:window - step] == sorted(items, reverse=True)[:window - step]
+    assert result[:window - stride] == sorted(items, reverse=True)[:window - stride]
 
 
-def test_a_step_that_would_skip_items_is_refused():
-    for window, step in ((10, 11), (10, 0), (10, -1)):
-        with pytest.raises(ValueError, match="0 < step <= window"):
-            sliding_window([1, 2, 3], lambda w: [0, 1, 2], window, step)
+def test_a_stride_that_would_skip_items_is_refused():
+    for window, stride in ((10, 11), (10, 0), (10, -1)):
+        with pytest.raises(ValueError, match="0 < stride <= window"):
+            sliding_window([1, 2, 3], lambda w: [0, 1, 2], window, stride)
     with pytest.raises(ValueError, match="permutation"):
         sliding_window([1, 2, 3], lambda w: [0, 0, 1])
 
@@ -192,9 +75,40 @@ def test_the_input_list_is_left_alone():
 # --- the reranker
 
 
+def test_documents_may_be_dicts_and_come_back_untouched(toy):
+    documents = [{"text": "rain", "title": "Storm", "id": 7}, "oak", {"text": "bread", "title": None}]
+    ranking = Reranker(toy, "toy", max_new_tokens=8).rank("rain", documents)
+    assert sorted(r.index for r in ranking) == [0, 1, 2]
+    for result in ranking:
+        assert result.document is documents[result.index]
+    assert {r.index: r.text for r in ranking} == {0: "Storm rain", 1: "oak", 2: "bread"}
+    assert Reranker(toy, "toy").rank("rain", []) == []
+
+
+@pytest.mark.parametrize("query, documents, options, words", [
+    (None, ["a"], {}, "query: expected a string"), ("q", "one string", {}, "documents: expected a list"),
+    ("q", b"bytes", {}, "documents: expected a list"), ("q", 7, {}, "documents: expected a list"),
+    ("q", None, {}, "documents: expected a list"),
+    ("q", ["a", None], {}, r"documents\[1\]: expected a string"),
+    ("q", [b"a"], {}, r"documents\[0\]"), ("q", [{"body": "a"}], {}, r'a dict with "text"'),
+    ("q", [3.5], {}, r"documents\[0\]"), ("q", ["a"], {"top_k": -1}, "top_k: expected a number from 0"),
+    ("q", ["a"], {"top_k": "all"}, "top_k")])
+def test_what_is_no_list_of_texts_is_refused_before_the_model_runs(monkeypatch, toy, query, documents,
+                                                                   options, words):
+    monkeypatch.setattr(rearank, "sample", lambda *a, **k: pytest.fail("the model was asked"))
+    with pytest.raises((TypeError, ValueError), match=words):
+        Reranker(toy, "toy").rank(query, documents, **options)
+
+
+def test_results_carry_their_place_in_the_input_and_their_text(toy):
+    ranking = Reranker(toy, "toy", max_new_tokens=8).rank("rain bread", ["a", "b", "c"], top_k=2)
+    assert [r.rank for r in ranking] == [1, 2] and all("abc"[r.index] == r.text for r in ranking)
+    assert ranking.windows[0].status in ("ok", "repaired", "untagged", "truncated", "malformed", "empty")
+
+
 def test_windows_of_many_queries_answer_as_each_query_alone(toy):
     lists = [(c.query, c.texts) for c in toy_task(3, 13, seed=4)[0]] + [("rain", ["bread"]), ("rain", [])]
-    reranker = Reranker(toy, "toy", window=6, step=3, max_new_tokens=12)
+    reranker = Reranker(toy, "toy", window=6, stride=3, max_new_tokens=12)
     together = list(reranker.rank_many(lists))
     alone = [[r.index for r in reranker.rank(*one)] for one in lists]
     assert [[r.index for r in t] for t in together] == alone
@@ -213,21 +127,15 @@ def reversing(monkeypatch, toy) -> None:
 
 def test_each_window_sees_what_the_window_before_it_has_done(monkeypatch, toy):
     reversing(monkeypatch, toy)
-    ranking = Reranker(toy, "toy", window=4, step=2).rank("rain", ["bread"] * 7)
+    ranking = Reranker(toy, "toy", window=4, stride=2).rank("rain", ["bread"] * 7)
     wanted = sliding_window(list(range(7)), lambda items: list(range(len(items)))[::-1], 4, 2)
     assert [r.index for r in ranking] == wanted
     assert [w.positions for w in ranking.windows] == [[3, 4, 5, 6], [1, 2, 6, 5], [0, 5, 6]]
 
 
-def test_results_carry_their_place_in_the_input_and_their_text(toy):
-    ranking = Reranker(toy, "toy", max_new_tokens=8).rank("rain bread", ["a", "b", "c"], top_k=2)
-    assert [r.rank for r in ranking] == [1, 2] and all("abc"[r.index] == r.text for r in ranking)
-    assert ranking.windows[0].status in ("ok", "repaired", "untagged", "truncated", "malformed", "empty")
-
-
 def test_random_numbers_depend_on_seed_query_and_window_and_not_on_the_count_of_calls(toy):
     def responses(seed):
-        reranker = Reranker(toy, "toy", temperature=1.0, max_new_tokens=20, seed=seed, window=2, step=1)
+        reranker = Reranker(toy, "toy", temperature=1.0, max_new_tokens=20, seed=seed, window=2, stride=1)
         return [window.response for query in ("rain bread", "oak goal", "rain bread")
                 for window in reranker.rank(query, ["oak", "oak", "oak"]).windows]
     first = responses(0)
@@ -238,8 +146,18 @@ def test_random_numbers_depend_on_seed_query_and_window_and_not_on_the_count_of_
 def test_a_prompt_or_windows_that_make_no_sense_are_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match="unknown prompt"):
         Reranker("nowhere", prompt="Rearank-7B")
-    with pytest.raises(ValueError, match="0 < step <= window"):
-        Reranker("nowhere", window=10, step=11)
+    with pytest.raises(ValueError, match="0 < stride <= window"):
+        Reranker("nowhere", window=10, stride=11)
+
+
+def test_a_processor_with_bfloat16_reranks_in_it(toy, tmp_path, monkeypatch):
+    toy.model.save_pretrained(tmp_path / "m")
+    toy.tokenizer.save_pretrained(tmp_path / "m")
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(rearank, "has_native_bfloat16", lambda native=native: native)
+        assert Reranker(str(tmp_path / "m"), "toy", max_new_tokens=9, device="cpu").agent.model.dtype == dtype
+        fixed = Reranker(str(tmp_path / "m"), "toy", max_new_tokens=9, device="cpu", dtype="float32")
+        assert fixed.agent.model.dtype == torch.float32
 
 
 def answering(monkeypatch, toy, answer: str) -> None:
@@ -267,20 +185,42 @@ def test_without_thinking_the_model_continues_an_empty_think_block(monkeypatch, 
     assert window.response.startswith("<think> </think>") and window.status == "ok" and window.order == [1, 0]
 
 
-# --- files
+def test_several_answers_are_fused_by_reciprocal_ranks(toy):
+    assert fuse([[2, 0, 1], [2, 1, 0], [0, 2, 1]], 3) == [2, 0, 1]
+    assert fuse([], 3) == [0, 1, 2] and fuse([[1, 0]], 2) == [1, 0]
+    reranker = Reranker(toy, "toy", temperature=1.0, samples=3, max_new_tokens=20)
+    window = reranker.rank("rain bread", ["oak", "storm"]).windows[0]
+    assert len({text for text, *_ in window.samples}) == 3 and window.response == window.samples[0][0]
+    with pytest.raises(ValueError, match="temperature above 0"):
+        Reranker(toy, "toy", samples=3)
+
+
+def test_memory_that_runs_out_is_one_line(toy, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
+    monkeypatch.setattr(rearank, "sample", full)
+    with pytest.raises(InputError, match="lower --max-num-seqs"):
+        Reranker(toy, "toy").rank("rain", ["a", "b"])
+
+
+# --- a run on disk
+
+
+def settings_of(folder: Path, **changes) -> RerankSettings:
+    """Settings of a run over folder/c.jsonl into folder/r."""
+    files = {"input": str(folder / "c.jsonl"), "output": str(folder / "r")}
+    return RerankSettings(**{**files, "prompt": "toy", "max_new_tokens": 4, **changes})
 
 
 def test_a_run_file_keeps_the_models_order_and_a_trace_of_each_window(monkeypatch, toy, tmp_path):
     answering(monkeypatch, toy, "<answer> [2] > [1] > [3] </answer>")
     query = Candidates("q1", "rain", ["d1", "d2", "d3", "d4"], ["a", "b", "c", "d"], [4.0, 4.0, 4.0, 1.0])
     write_candidates(tmp_path / "c.jsonl", [query])
-    settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r.trec"), prompt="toy",
-                        top_k=3)
-    counts = rerank_file(settings, toy)
-    run = read_run(tmp_path / "r.trec")["q1"]
+    counts = rerank_file(settings_of(tmp_path, top_k=3), toy)
+    run = read_run(tmp_path / "r")["q1"]
     assert sorted(run, key=run.get, reverse=True) == ["d2", "d1", "d3", "d4"]
     assert len(set(run.values())) == 4  # no tie can undo it
-    record, trace = [json.loads(line) for line in (tmp_path / "r.trec.jsonl").read_text().splitlines()]
+    record, trace = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert (record["docids"], record["texts"]) == (["d1", "d2", "d3", "d4"], ["a", "b", "c", "d"])
     assert record["order"] == ["d2", "d1", "d3", "d4"] and record["query"] == "rain"
     assert trace["order"] == ["d2", "d1", "d3"] and trace["docids"] == ["d1", "d2", "d3"]
@@ -291,8 +231,105 @@ def test_a_run_file_keeps_the_models_order_and_a_trace_of_each_window(monkeypatc
 def test_windows_left_as_they_were_are_counted(monkeypatch, toy, tmp_path):
     answering(monkeypatch, toy, "<answer> [1] > [2] > [3] </answer>")
     write_candidates(tmp_path / "c.jsonl", toy_task(3, 3, seed=0)[0])
-    settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r.trec"), prompt="toy")
-    assert rerank_file(settings, toy)["unchanged"] == 3
+    assert rerank_file(settings_of(tmp_path), toy)["unchanged"] == 3
+
+
+def test_what_was_shortened_is_counted(toy, tmp_path):
+    lists = [Candidates("1", "rain", ["a", "b", "c"], ["oak " * 30, "oak", "storm " * 20], [3.0, 2.0, 1.0])]
+    write_candidates(tmp_path / "c.jsonl", lists)
+    counts = rerank_file(settings_of(tmp_path, passage_chars=50), toy)
+    assert (counts["passages"], counts["passages shortened"], counts["characters removed"]) == (3, 2, 69 + 69)
+    assert (counts["prompts shortened"], counts["queries shortened"]) == (0, 0)
+    assert rerank_file(settings_of(tmp_path, max_prompt_tokens=40), toy)["prompts shortened"] == 1
+
+
+@pytest.mark.parametrize("changes", [{"tag": "my run"}, {"output": "."}])
+def test_what_cannot_be_written_is_refused_before_the_work(toy, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(rearank, "sample", lambda *a, **k: pytest.fail("the model was asked"))
+    write_candidates(tmp_path / "c.jsonl", [Candidates("1", "q", ["a", "b"], ["a", "b"], [2.0, 1.0])])
+    with pytest.raises(InputError, match="expected"):
+        rerank_file(settings_of(tmp_path, **changes), toy)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+def test_the_input_is_never_overwritten(toy, tmp_path):
+    write_candidates(tmp_path / "c.jsonl", toy_task(2, 3, seed=0)[0])
+    before = (tmp_path / "c.jsonl").read_bytes()
+    for output in ("c.jsonl", "c"):  # the run itself, and the reasoning beside it
+        with pytest.raises(InputError, match="would overwrite the input"):
+            rerank_file(settings_of(tmp_path, output=str(tmp_path / output)), toy)
+    assert (tmp_path / "c.jsonl").read_bytes() == before
+
+
+def file_options(folder) -> list[str]:
+    """Options for a short run over candidates below `folder`, all but --output."""
+    write_candidates(folder / "c.jsonl", toy_task(4, 5, seed=0)[0])
+    return ["--model", "m", "--prompt", "toy", "--max-new-tokens", "4", "--max-num-seqs", "2",
+            "--device", "cpu", "--input", str(folder / "c.jsonl")]
+
+
+def test_what_is_no_place_for_a_run_is_refused_before_any_work_and_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(rearank, "load_agent", lambda *_: pytest.fail("the model was loaded"))
+    options, folder = file_options(tmp_path), tmp_path / "out"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "to pipe").symlink_to("pipe")
+    (folder / "circle").symlink_to("circle")
+    (folder / "a.jsonl").symlink_to("circle")
+    (folder / "b.jsonl").mkdir()
+    (folder / "same").symlink_to("same.jsonl")
+    before = sorted(folder.iterdir())
+    for name in ("pipe", "to pipe", "circle", "a", "b", "new folder/"):
+        with pytest.raises(InputError, match="is a folder, a pipe or a device"):
+            rearank.main([*options, "--output", f"{folder}/{name}"])
+    with pytest.raises(InputError, match="would overwrite the input or another output"):
+        rearank.main([*options, "--output", str(folder / "same")])
+    for stats, words in ((folder / "r", "would overwrite"), (folder / "r.jsonl", "would overwrite"),
+                         (tmp_path / "c.jsonl", "would overwrite"), (folder, "is a folder")):
+        with pytest.raises(InputError, match=f"{stats}: {words}"):
+            rearank.main([*options, "--output", str(folder / "r"), "--stats", str(stats)])
+    for name in (folder, folder / "absent"):
+        with pytest.raises(OSError, match=f"'{name}'"):
+            rearank.main([*options[:-1], str(name), "--output", str(folder / "r")])
+    assert sorted(folder.iterdir()) == before and (folder / "pipe").is_fifo()
+
+
+def test_candidates_may_come_through_a_pipe_or_standard_input(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(rearank, "load_agent", lambda *_: toy)
+    options = file_options(tmp_path)
+    content = (tmp_path / "c.jsonl").read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    assert rearank.main([*options, "--output", str(tmp_path / "of file")]) == 0
+    for name in ("pipe", "-"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))
+        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[content], daemon=True)
+        if name == "pipe":
+            writer.start()
+        given = [*options[:-1], "-" if name == "-" else str(tmp_path / name)]
+        assert rearank.main([*given, "--output", str(tmp_path / f"of {name}")]) == 0
+        for end in ("", ".jsonl"):
+            written = (tmp_path / f"of {name}{end}").read_bytes()
+            assert written == (tmp_path / f"of file{end}").read_bytes()
+
+
+def test_half_a_surrogate_pair_in_an_answer_stops_no_run(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(rearank, "load_agent", lambda *_: toy)
+    monkeypatch.setattr(rearank.Agent, "decode", lambda self, completion: "<answer> [2] > \ud83d")
+    assert rearank.main([*file_options(tmp_path), "--output", str(tmp_path / "r")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text("utf-8").splitlines()]
+    assert rows[1]["response"] == "<answer> [2] > ?" and len(rows) == 8
+
+
+def test_real_dl19_candidates_become_a_run(toy, tmp_path):
+    source = Path(__file__).parent / "../../shared/data/dl19_eval_dev/retrieve_results_dl19_top100.jsonl.gz"
+    if not source.exists():
+        pytest.skip("no ../shared/data here")
+    (tmp_path / "c.jsonl").write_bytes(b"".join(gzip.open(source).readlines()[:2]))
+    assert rerank_file(settings_of(tmp_path), toy)["calls"] == 18
+    assert all(len(docs) == 100 for docs in read_run(tmp_path / "r").values())
+
+
+# --- a run that is interrupted
 
 
 def test_an_interrupted_run_keeps_the_finished_queries(monkeypatch, toy, tmp_path):
@@ -306,31 +343,219 @@ def test_an_interrupted_run_keeps_the_finished_queries(monkeypatch, toy, tmp_pat
         return [[Completion([1], True)] for _ in prompts]
 
     monkeypatch.setattr(rearank, "sample", interrupted)
-    settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r.trec"), prompt="toy",
-                        max_rows=2)
     with pytest.raises(KeyboardInterrupt):
+        rerank_file(settings_of(tmp_path, max_num_seqs=2), toy)
+    assert list(read_run(tmp_path / "r")) == ["train0", "train1"]
+
+
+def test_an_interrupted_run_is_not_overwritten_unasked(toy, tmp_path):
+    write_candidates(tmp_path / "c.jsonl", toy_task(4, 3, seed=0)[0])
+    settings = settings_of(tmp_path, max_num_seqs=2)
+    rerank_file(settings, toy)
+    rerank_file(settings, toy)  # one that was finished may be
+    lines = (tmp_path / "r.jsonl").read_text().splitlines(True)
+    (tmp_path / "r.jsonl").write_text("".join(lines[:4]))
+    with pytest.raises(InputError, match="holds 2 of the 4 queries: pass --resume"):
         rerank_file(settings, toy)
-    assert list(read_run(tmp_path / "r.trec")) == ["train0", "train1"]
 
 
-@pytest.mark.parametrize("changes", [{"tag": "my run"}, {"output": "."}])
-def test_what_cannot_be_written_is_refused_before_the_work(toy, tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(rearank, "sample", lambda *a, **k: pytest.fail("the model was asked"))
-    write_candidates(tmp_path / "c.jsonl", [Candidates("1", "q", ["a", "b"], ["a", "b"], [2.0, 1.0])])
-    settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "run"), prompt="toy")
-    with pytest.raises(InputError, match="expected"):
-        rerank_file(dataclasses.replace(settings, **changes), toy)
-    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
+def test_runs_are_written_and_resumed_through_links(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(rearank, "load_agent", lambda *_: toy)
+    options, store = file_options(tmp_path), tmp_path / "store"
+    links = [tmp_path / name for name in ("r", "r.jsonl", "s")]
+    for link, target in zip(links, ("run", "trace", "stats")):
+        link.symlink_to(store / target)
+    files = ["--output", str(tmp_path / "r"), "--stats", str(tmp_path / "s")]
+    answers, calls = rearank.sample, []
+
+    def interrupted(*arguments, **more):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return answers(*arguments, **more)
+
+    monkeypatch.setattr(rearank, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rearank.main([*options, *files])
+    assert len(read_run(store / "run")) == 2 and (store / "trace").read_bytes().count(b'"texts": ') == 2
+    monkeypatch.setattr(rearank, "sample", answers)
+    assert rearank.main([*options, *files, "--resume"]) == 0
+    assert rearank.main([*options, "--output", str(tmp_path / "whole")]) == 0
+    assert (store / "run").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert (store / "trace").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert json.loads((store / "stats").read_text())["queries"] == 4
+    assert all(link.is_symlink() for link in links) and len([*store.iterdir()]) == 3
 
 
-def test_the_input_is_never_overwritten(toy, tmp_path):
-    write_candidates(tmp_path / "c.jsonl", toy_task(2, 3, seed=0)[0])
-    before = (tmp_path / "c.jsonl").read_bytes()
-    for output in ("c.jsonl", "c"):  # the run itself, and the reasoning beside it
-        settings = Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / output), prompt="toy")
-        with pytest.raises(InputError, match="would overwrite the input"):
-            rerank_file(settings, toy)
-    assert (tmp_path / "c.jsonl").read_bytes() == before
+SLOW = """
+import sys, time
+import rearank, toy
+answers = rearank.sample
+def slow(*arguments, **options):
+    time.sleep(0.15)
+    return answers(*arguments, **options)
+rearank.sample = slow
+rearank.load_agent = lambda *_: toy.toy_agent(0)
+sys.exit(rearank.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    write_candidates(tmp_path / "c.jsonl", toy_task(8, 9, seed=0)[0])
+    options = ["--model", "m", "--prompt", "toy", "--window", "6", "--stride", "3", "--max-new-tokens", "12",
+               "--temperature", "1", "--max-num-seqs", "2", "--device", "cpu",
+               "--input", str(tmp_path / "c.jsonl")]
+    monkeypatch.setattr(rearank, "load_agent", lambda *_: toy_agent(0))
+
+    def killed_after(lines, *more):
+        trace, arguments = tmp_path / "killed.jsonl", [*options, "--output", str(tmp_path / "killed"), *more]
+        process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not trace.exists() or trace.read_text().count("\n") < lines:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+
+    assert rearank.main([*options, "--output", str(tmp_path / "whole")]) == 0
+    killed_after(5)
+    killed_after(14, "--resume")  # and again, later
+    with open(tmp_path / "killed.jsonl", "a") as file:
+        file.write('{"qid": "tra')  # what a kill leaves of a line
+    assert rearank.main([*options, "--output", str(tmp_path / "killed"), "--resume"]) == 0
+    for end in ("", ".jsonl"):
+        assert (tmp_path / f"killed{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
+    with pytest.raises(InputError, match="was begun with --seed 0"):
+        rearank.main([*options, "--output", str(tmp_path / "killed"), "--resume", "--seed", "1"])
+
+
+def test_a_run_with_a_limit_is_continued_by_resume_without_it(tmp_path, toy):
+    write_candidates(tmp_path / "c.jsonl", toy_task(4, 5, seed=0)[0])
+    settings = settings_of(tmp_path, max_num_seqs=2, limit=2)
+    assert rerank_file(settings, toy)["queries"] == 2
+    first = (tmp_path / "r.jsonl").read_bytes()
+    whole = dataclasses.replace(settings, limit=0)
+    with pytest.raises(InputError, match="holds 2 of the 4 queries: pass --resume to go on"):
+        rerank_file(whole, toy)
+    assert rerank_file(dataclasses.replace(whole, resume=True), toy)["queries"] == 4
+    assert (tmp_path / "r.jsonl").read_bytes().startswith(first) and len(read_run(tmp_path / "r")) == 4
+    again = (tmp_path / "r.jsonl").read_bytes()
+    rerank_file(dataclasses.replace(settings, limit=1, resume=True), toy)
+    assert (tmp_path / "r.jsonl").read_bytes() == again  # a smaller limit takes nothing away
+
+
+GUARDED = {"model": "other", "prompt": "rankgpt", "window": 7, "stride": 2, "think": False,
+           "temperature": 0.5, "samples": 2, "passage_chars": 30, "max_new_tokens": 5,
+           "max_prompt_tokens": 90, "max_num_seqs": 3, "seed": 1, "server": "http://127.0.0.1:9/v1",
+           "dtype": "float32", "top_k": 3}
+
+
+def test_every_setting_is_guarded_by_resume_or_cannot_change_an_answer():
+    fields = {field.name for field in dataclasses.fields(RerankSettings)}
+    assert fields == GUARDED.keys() | set(rearank.FREE_TO_CHANGE) | {"input"}
+
+
+@pytest.mark.parametrize("name", list(GUARDED))
+def test_a_run_is_not_resumed_with_another_setting_and_the_setting_is_named(tmp_path, toy, name):
+    write_candidates(tmp_path / "c.jsonl", toy_task(1, 4, seed=0)[0])
+    settings = settings_of(tmp_path, max_num_seqs=2)
+    rerank_file(settings, toy)
+    before = (tmp_path / "r.jsonl").read_bytes()
+    other = dataclasses.replace(settings, resume=True, **{name: GUARDED[name]})
+    was = re.escape(f"begun with --{name.replace('_', '-')} {getattr(settings, name)!r}")
+    with pytest.raises(InputError, match=was):
+        rerank_file(other, toy)
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+
+
+def test_a_run_is_not_resumed_with_another_input(tmp_path, toy):
+    write_candidates(tmp_path / "c.jsonl", toy_task(1, 4, seed=0)[0])
+    settings = settings_of(tmp_path)
+    rerank_file(settings, toy)
+    write_candidates(tmp_path / "c.jsonl", toy_task(1, 4, seed=1)[0])
+    with pytest.raises(InputError, match="begun with another input"):
+        rerank_file(dataclasses.replace(settings, resume=True), toy)
+
+
+@pytest.mark.parametrize("content", [
+    b"[1]\n", b"{}\n", b'{"qid": "q", "texts": [], "run": "0f"}\n', b"\xff\n"])
+def test_resume_refuses_a_file_that_is_no_run_of_ours(tmp_path, toy, content):
+    write_candidates(tmp_path / "c.jsonl", toy_task(2, 4, seed=0)[0])
+    (tmp_path / "r.jsonl").write_bytes(content)
+    settings = settings_of(tmp_path, resume=True)
+    with pytest.raises(InputError, match="r.jsonl is not what rearank.py writes"):
+        rerank_file(settings, toy)
+    assert (tmp_path / "r.jsonl").read_bytes() == content
+
+
+# --- the command
+
+
+WITH_QUERY = ["--model", "m", "--query", "q", "lines.txt"]
+WITH_INPUT = ["--model", "m", "--input", "c.jsonl", "--output", "r"]
+WITH_SERVER = ["--server", "http://127.0.0.1:9/v1", *WITH_INPUT]
+WITHOUT_EFFECT = [
+    *[(WITH_QUERY, option, "with --query") for option in (
+        "--input c.jsonl", "--output r", "--stats s.json", "--resume", "--tag mine", "--limit 3")],
+    *[(WITH_INPUT, option, "without --query") for option in ("--explain", "--format text", "--format json")],
+    *[(WITH_SERVER, option, "with --server") for option in (
+        "--device cpu", "--dtype float32", "--max-num-seqs 32", "--max-prompt-tokens 9")],
+    *[(WITH_INPUT, option, "without --server") for option in ("--concurrency 8", "--timeout 9")]]
+
+
+@pytest.mark.parametrize("mode, option, reason", WITHOUT_EFFECT)
+def test_an_option_without_effect_is_refused_in_one_line_before_anything_is_done(tmp_path, monkeypatch, mode,
+                                                                                option, reason):
+    monkeypatch.chdir(tmp_path)  # where neither c.jsonl nor lines.txt is
+    for name in ("load_agent", "Server", "read_candidates", "read_text"):
+        monkeypatch.setattr(rearank, name, lambda *_: pytest.fail("too late"))
+    with pytest.raises(InputError) as refusal:
+        rearank.main([*mode, *option.split()])
+    assert str(refusal.value) == f"{option.split()[0]} has no effect {reason}"
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("mode, options", [
+    (WITH_QUERY, "--explain --format json --top-k 5 --device cpu --dtype float32"),
+    (WITH_INPUT, "--stats s.json --resume --tag mine --limit 3 --max-num-seqs 9 --max-prompt-tokens 9"),
+    (WITH_SERVER, "--stats s.json --resume --tag mine --concurrency 9 --timeout 9 --samples 2")])
+def test_an_option_with_an_effect_is_taken(mode, options):
+    rearank.check_options(command_line(RerankSettings, [*mode, *options.split()]))
+
+
+def test_help_shows_first_what_is_read_and_written_and_last_memory_and_the_server(capsys):
+    with pytest.raises(SystemExit) as left:
+        rearank.main(["--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0 and "python rearank.py --model" in shown.partition("options:")[0]
+    headings = re.findall(r"^(\w[\w ]*):$", shown.partition("options:")[2], re.M)
+    assert headings == ["input and output", "model", "windows and answers", "server", "device"]
+    first = shown[shown.index("input and output:"):shown.index("model:\n")]
+    for option in ("--input", "--output", "--query", "DOCUMENTS", "--resume"):
+        assert re.search(rf"^  {option}[, ]", first, re.M)
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(RerankSettings)} - {"documents"}
+    assert fields <= {*re.findall(r"^  --([\w-]+)", shown, re.M)}
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--model", "nowhere/at/all"], "no such model folder"),
+    (["--model", "m"], "there is no config.json"),
+    (["--model", "m", "--samples", "3"], "temperature above 0"),
+    (["--model", "m", "--window", "5", "--stride", "6"], "0 < stride <= window"),
+    (["--server", "http://127.0.0.1:9/v1"], "expected the address")])
+def test_nothing_is_written_where_the_reranker_cannot_be_made(toy, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    write_candidates("c.jsonl", toy_task(2, 3, seed=0)[0])
+    Path("m").mkdir()
+    command = ["--input", "c.jsonl", "--output", "folder/r", "--stats", "folder/s", *options]
+    with pytest.raises(InputError, match=words):
+        rearank.main(command)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["c.jsonl", "m"]
+    rerank_file(settings_of(tmp_path, output="folder/r"), toy)  # and a run that is there stays
+    before = {path: path.read_bytes() for path in Path("folder").iterdir()}
+    with pytest.raises(InputError, match=words):
+        rearank.main(command)
+    assert {path: path.read_bytes() for path in Path("folder").iterdir()} == before and len(before) == 2
 
 
 def test_the_command_reranks_and_counts(toy, tmp_path, capsys):
@@ -338,19 +563,73 @@ def test_the_command_reranks_and_counts(toy, tmp_path, capsys):
     toy.tokenizer.save_pretrained(tmp_path / "m")
     write_candidates(tmp_path / "c.jsonl", toy_task(2, 9, seed=0)[0])
     files = ["--input", str(tmp_path / "c.jsonl"), "--output", str(tmp_path / "r.trec")]
-    options = ["--prompt", "toy", "--window", "6", "--step", "3", "--max-new-tokens", "5", "--device", "cpu"]
+    options = ["--prompt", "toy", "--window", "6", "--stride", "3", "--max-new-tokens", "5"]
+    options += ["--device", "cpu"]
     assert rearank.main(["--model", str(tmp_path / "m"), *files, *options]) == 0
     assert "2 queries, 4 calls" in capsys.readouterr().out and len(read_run(tmp_path / "r.trec")) == 2
-    with pytest.raises(InputError, match="expected 0 < step <= window"):
-        rearank.main(["--model", "m", *files, "--window", "5", "--step", "6"])
+    with pytest.raises(InputError, match="expected 0 < stride <= window"):
+        rearank.main(["--model", "m", *files, "--window", "5", "--stride", "6"])
 
 
-def test_real_dl19_candidates_become_a_run(toy, tmp_path):
-    source = Path(__file__).parent / "../../shared/data/dl19_eval_dev/retrieve_results_dl19_top100.jsonl.gz"
-    if not source.exists():
-        pytest.skip("no ../shared/data here")
-    small = tmp_path / "small.jsonl"
-    small.write_bytes(b"".join(gzip.open(source).readlines()[:2]))
-    settings = Settings(input=str(small), output=str(tmp_path / "r.trec"), prompt="toy", max_new_tokens=4)
-    assert rerank_file(settings, toy)["calls"] == 18
-    assert all(len(docs) == 100 for docs in read_run(tmp_path / "r.trec").values())
+def test_counts_go_straight_into_pipes_and_into_our_own_output(toy, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(rearank, "load_agent", lambda *_: toy)
+    options = [*file_options(tmp_path), "--output", str(tmp_path / "r")]
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    rearank.main([*options, "--stats", str(tmp_path / "pipe")])
+    assert json.loads(os.read(reader, 9999))["queries"] == 4 and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+    capfd.readouterr()
+    rearank.main([*options, "--stats", "/dev/fd/1"])  # here a file, which is not to be cut or replaced
+    printed = capfd.readouterr().out
+    assert printed.startswith("4 queries, ") and json.loads(printed[printed.index("{"):])["queries"] == 4
+
+
+def test_lines_of_text_are_ranked_and_printed_with_what_is_said_of_them(toy, tmp_path, capsys, monkeypatch):
+    said = "<think> [1] says oak. [2] says rain. </think> <answer> [2] > [1] </answer>"
+    monkeypatch.setattr(rearank, "load_agent", lambda *a: toy)
+    monkeypatch.setattr(rearank, "sample", lambda *a, **k: [[rearank.Completion([5], False)]])
+    monkeypatch.setattr(rearank.Agent, "decode", lambda self, completion: said)
+    (tmp_path / "lines.txt").write_text("an oak\n\nthe rain\n")
+    command = ["--model", "m", "--prompt", "toy", "--query", "rain", str(tmp_path / "lines.txt")]
+    assert rearank.main(command) == 0
+    assert capsys.readouterr().out.splitlines() == ["  1. [3] the rain", "  2. [1] an oak"]
+    rearank.main([*command, "--explain"])
+    assert "  1. [3] the rain\n     [2] says rain.\n" in capsys.readouterr().out
+    rearank.main([*command, "--format", "json"])
+    assert [row["line"] for row in json.loads(capsys.readouterr().out)] == [3, 1]
+    for missing, word in ((["--query", "q"], "DOCUMENTS"), (["--input", "x"], "--output"), ([], "--input")):
+        with pytest.raises(InputError, match=word):
+            rearank.main(["--model", "m", *missing])
+
+
+def test_standard_input_is_read_as_a_file_is(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rearank, "load_agent", lambda *a: toy)
+    command = ["--model", "m", "--prompt", "toy", "--query", "rain", "--max-new-tokens", "4"]
+    command += ["--format", "json"]
+    content = "\ufeffan oak\r\n\r\nGröße\u2028\fstorm\rbread\n".encode()
+    for name, given in (("plain", content), ("packed", gzip.compress(content))):
+        (tmp_path / name).write_bytes(given)
+        printed = []
+        for documents in (str(tmp_path / name), "-"):  # the stream's own decoder knows only ASCII
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given), "ascii"))
+            assert rearank.main([*command, documents]) == 0
+            printed.append(capsys.readouterr().out)
+        assert printed[0] == printed[1]
+        rows = sorted((row["line"], row["text"]) for row in json.loads(printed[0]))
+        assert rows == [(1, "an oak"), (3, "Größe\u2028\fstorm"), (4, "bread")]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("a\nb".encode("utf-16")), "ascii"))
+    with pytest.raises(InputError, match="^standard input: looks like UTF-16"):
+        rearank.main([*command, "-"])
+    monkeypatch.setattr("sys.stdin", None)  # closed
+    assert rearank.main([*command, "-"]) == 0 and capsys.readouterr().out == "[]\n"
+
+
+def test_a_byte_that_is_not_utf8_on_standard_input_is_one_line():
+    command = [sys.executable, "rearank.py", "--model", "m", "--query", "q", "-"]
+    for encoding in ("utf-8:strict", "ascii:strict"):
+        environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
+        result = subprocess.run(command, input=b"an oak\n\n\xffbread", capture_output=True, cwd=ROOT,
+                                env=environment, check=False)
+        said = b"rearank.py: standard input:3: expected UTF-8 text, found the byte 0xff\n"
+        assert (result.returncode, result.stdout, result.stderr) == (2, b"", said)

@@ -1,18 +1,18 @@
-"""The README's recipe for one's own documents: the code that stands there, executed."""
+"""The recipe for one's own documents in docs/rerank.md: the code that stands there, executed."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from data import read_candidates
+from support.files import read_candidates
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_recipe_turns_a_folder_and_questions_into_candidates(tmp_path, monkeypatch):
     pytest.importorskip("bm25s")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rerank.md").read_text(encoding="utf-8"), re.DOTALL)
     (recipe,) = (block for block in blocks if "bm25s" in block)
     (tmp_path / "documents" / "sub").mkdir(parents=True)
     for name, text in {
@@ -26,7 +26,7 @@ def test_the_recipe_turns_a_folder_and_questions_into_candidates(tmp_path, monke
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
-    exec(compile(recipe, "README.md", "exec"), {})
+    exec(compile(recipe, "docs/rerank.md", "exec"), {})
     lists = read_candidates("candidates.jsonl")
     assert [(query.qid, query.query) for query in lists] == [
         ("1", "what is around a castle?"),

@@ -21,11 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import report
-from data import InputError, read_run, write_candidates, write_qrels, write_run
 from eval import evaluate
-from rearank import Settings, rerank_file, sliding_window
+from rearank import RerankSettings, rerank_file, sliding_window
 from report import describe, page, read_queries, replay
 from reward import sentences
+from support.cli import InputError
+from support.files import read_run, write_candidates, write_qrels, write_run
 from toy import toy_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +43,7 @@ def a_query(qid: str, docids: list[str], order: list[str], texts: list[str] | No
 def a_window(qid: str, docids: list[str], order: list[str], reasoning: str = "", **changes) -> dict:
     return {"qid": qid, "docids": docids, "status": "ok", "order": order, "reasoning": reasoning,
             "response": f"<think>{reasoning}</think><answer> ... </answer>", "tokens": 7, "finished": True,
-            "prompt_cut": False, "some key of next year": None} | changes
+            "prompt_shortened": False, "some key of next year": None} | changes
 
 
 def overlapping() -> list[dict]:
@@ -67,7 +68,7 @@ def data_in(html: str) -> dict:
 
 
 @given(st.integers(0, 40), st.integers(1, 8), st.integers(0, 8), st.integers(0, 99))
-def test_replayed_windows_lead_to_the_order_of_the_sliding_window(n, step, more, seed):
+def test_replayed_windows_lead_to_the_order_of_the_sliding_window(n, stride, more, seed):
     rng, docids, windows = random.Random(seed), [f"d{i}" for i in range(n)], []
 
     def shuffled(present):
@@ -75,7 +76,7 @@ def test_replayed_windows_lead_to_the_order_of_the_sliding_window(n, step, more,
         windows.append({"order": [present[i] for i in order]})
         return order
 
-    end = sliding_window(docids, shuffled, step + more, step)
+    end = sliding_window(docids, shuffled, stride + more, stride)
     paths, replayed = replay(docids, windows)
     assert replayed == end and [*paths] == docids
     for rank, docid in enumerate(docids, 1):
@@ -160,9 +161,10 @@ def test_a_window_knows_its_ranks_its_prompts_numbers_and_its_answer_word_for_wo
 
 def test_answers_cut_off_prompts_cut_and_windows_missing_are_said(tmp_path):
     query, window, *_ = overlapping()
-    [row] = read_queries(written(tmp_path / "t", [query, window | {"finished": False, "prompt_cut": True}]))
+    window |= {"finished": False, "prompt_shortened": True}
+    [row] = read_queries(written(tmp_path / "t", [query, window]))
     found = describe(row, None)
-    assert found["windows"][0]["status"] == "ok, cut off, prompt cut" and not found["whole"]
+    assert found["windows"][0]["status"] == "ok, hit limit, prompt shortened" and not found["whole"]
 
 
 def test_long_passages_are_cut_and_marked():
@@ -321,8 +323,8 @@ def test_what_rearank_writes_is_read(tmp_path, toy):
     candidates, qrels = toy_task(3, 9, seed=0)
     write_candidates(tmp_path / "c.jsonl", candidates)
     write_qrels(tmp_path / "qrels", qrels)
-    rerank_file(Settings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r.trec"), prompt="toy",
-                         window=6, step=3, max_new_tokens=4), toy)
+    rerank_file(RerankSettings(input=str(tmp_path / "c.jsonl"), output=str(tmp_path / "r.trec"), prompt="toy",
+                               window=6, stride=3, max_new_tokens=4), toy)
     report.main([str(tmp_path / "r.trec.jsonl"), "--qrels", str(tmp_path / "qrels")])
     queries = data_in((tmp_path / "r.html").read_text())["queries"]
     assert [(len(query["windows"]), query["whole"]) for query in queries] == [(2, True)] * 3

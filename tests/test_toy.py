@@ -1,21 +1,21 @@
 """The toy task: what it asks, what its teacher knows, and the whole road of `python grpo.py`."""
 
 import json
-
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import toy_settings
 
 import grpo
-from data import Instance, read_qrels, read_run
 from eval import evaluate
 from grpo import Rollouts
 from model import Completion, load_agent
+from support.files import Instance, read_qrels, read_run
+from toy import toy_answer, toy_combinations, toy_keywords, toy_lessons, toy_task, toy_trace_statistics
+
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import plot_toy
-from toy import (ToySettings, toy_answer, toy_combinations, toy_keywords, toy_lessons, toy_task,
-                 toy_trace_statistics)
 
 
 def test_no_combination_of_concepts_is_both_trained_and_held_out():
@@ -43,10 +43,10 @@ def test_the_tokenizer_writes_and_reads_the_teachers_text(toy):
 
 
 def test_lessons_begin_with_short_windows_and_the_share_of_graded_orders_is_as_set(toy):
-    settings = ToySettings(sft_steps=5, teacher_graded=1.0)
+    settings = toy_settings(sft_steps=5, teacher_graded=1.0)
     sizes = [len(batch) for batch, _ in zip(toy_lessons(toy, settings), range(4))]
     assert sizes == [128, 128, 64, 64]  # 384 passages each, 3 a window for 40 % of the steps, then 6
-    graded, vague = (next(toy_lessons(toy, ToySettings(teacher_graded=share), curriculum=False))
+    graded, vague = (next(toy_lessons(toy, toy_settings(teacher_graded=share), curriculum=False))
                      for share in (1.0, 0.0))
     assert [prompt for prompt, _ in graded] == [prompt for prompt, _ in vague]
     assert 0.5 < sum(a != b for (_, a), (_, b) in zip(graded, vague)) / len(graded)
@@ -63,7 +63,7 @@ def test_the_trace_is_measured_against_the_labels_and_the_answer():
 def test_the_toy_run_goes_from_data_to_tables_of_its_own_trec_files(tmp_path, capsys):
     """The complete road, too short to learn anything: all files that are promised, and eval.py's numbers."""
     out = tmp_path / "run"
-    few = {"sft-steps": 2, "steps": 2, "prompts-per-step": 2, "group": 4, "max-new-tokens": 6,
+    few = {"sft-steps": 2, "steps": 2, "prompts-per-step": 2, "group-size": 4, "max-new-tokens": 6,
            "eval-queries": 8}
     options = [part for name, value in few.items() for part in (f"--{name}", str(value))]
     assert grpo.main(["--out", str(out), "--device", "cpu", *options]) == 0
@@ -80,14 +80,15 @@ def test_the_toy_run_goes_from_data_to_tables_of_its_own_trec_files(tmp_path, ca
     assert sum(s["ndcg_cut_10"] for s in scores.values()) / len(scores) == pytest.approx(summary["grpo"])
     assert len((out / "log.csv").read_text().splitlines()) == 3
     assert "labels of [1]" in (out / "samples.txt").read_text()
-    assert {"config.json", "checkpoint", "state", "long.jsonl"} <= {p.name for p in out.iterdir()}
+    assert {"config.json", "checkpoint", "saves", "long.jsonl"} <= {p.name for p in out.iterdir()}
     printed = capsys.readouterr().out
     assert f"{out}/long.grpo.trec" in printed and f"--input {out}/long.jsonl" in printed
     load_agent(str(out / "checkpoint"), "cpu")
     rows = plot_toy.read_log(str(out))  # the README's curve is drawn from any toy run
     assert len(rows["ndcg"]) == len(rows["ndcg_best"]) == 2
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    assert grpo.main(["--out", str(out), *options, "--lora-rank", "2"]) == 0  # an earlier run is moved aside, whole
+    # An earlier run is moved aside, whole.
+    assert grpo.main(["--out", str(out), *options, "--lora-rank", "2"]) == 0
     assert f"{out} held an earlier run, which is now {out}.1" in capsys.readouterr().out
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run.1").iterdir() if p.is_file()}
     load_agent(str(tmp_path / "run.1/checkpoint"), "cpu")

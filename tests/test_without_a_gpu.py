@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import model as model_module
-from model import Cohort, pick_tokens, read_tokens, sample
+from model import DecodeBatch, pick_tokens, read_tokens, sample
 
 QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 4, "num_attention_heads": 28,
            "num_key_value_heads": 4, "vocab_size": 152064}  # four of its 28 layers, which are alike
@@ -64,19 +64,19 @@ def fake_cuda_model(**sizes) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def decoding_step() -> list:
-    """The operations of one decoding step of a 7B: two cohorts, prompts of uneven length."""
+    """The operations of one decoding step of a 7B: two batches, prompts of uneven length."""
     lend_cuda_a_guard()
     model = fake_cuda_model(**QWEN_7B)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        cohorts = [Cohort(model, [[1] * n for n in lengths], 4, range(4 * len(lengths)))
+        batches = [DecodeBatch(model, [[1] * n for n in lengths], 4, range(4 * len(lengths)))
                    for lengths in ((2203, 2101), (2117,))]
-        for cohort in cohorts:
-            drawn = torch.rand(len(cohort.owner), device="cuda")
-            cohort.tokens, _ = pick_tokens(cohort.logits, 1.0, drawn)
+        for batch in batches:
+            drawn = torch.rand(len(batch.prompt_index), device="cuda")
+            batch.tokens, _ = pick_tokens(batch.logits, 1.0, drawn)
         with Operations() as operations:
-            read_tokens(model, cohorts)
-            for cohort in cohorts:
-                pick_tokens(cohort.logits, 1.0, torch.rand(len(cohort.owner), device="cuda"))
+            read_tokens(model, batches)
+            for batch in batches:
+                pick_tokens(batch.logits, 1.0, torch.rand(len(batch.prompt_index), device="cuda"))
     return operations.seen
 
 
@@ -117,16 +117,16 @@ def test_sampling_4096_answers_reads_little_more_than_the_rows_alive_need(monkey
         tokens = torch.tensor([int(written[a] >= lengths[a]) for a in answers.tolist()])
         return tokens, torch.zeros(len(tokens))
 
-    def count(model, cohorts):
+    def count(model, batches):
         counts["steps"] += 1
-        for c in cohorts if counts["steps"] % 10 == 0 else ():
-            alive = [c.owner[r] for r, a in enumerate(c.answers) if written[a] < lengths[a]]
+        for c in batches if counts["steps"] % 10 == 0 else ():
+            alive = [c.prompt_index[r] for r, a in enumerate(c.answers) if written[a] < lengths[a]]
             (S, _, P, _), sizes = c.keys[0].shape, c.prompt_lengths
-            counts["read"] += len(c.answers) * c.places + S * P
+            counts["read"] += len(c.answers) * c.cache_length + S * P
             counts["needed"] += len(alive) * (c.length + 1) + sum(sizes[p] for p in set(alive))
-            counts["scores"] += c.grid.numel() * P
+            counts["scores"] += c.slots.numel() * P
             counts["scores needed"] += sum(sizes[p] for p in alive)
-        read_tokens(model, cohorts)
+        read_tokens(model, batches)
 
     for name, stand_in in (("encode_prompts", encode), ("pick_tokens", pick), ("read_tokens", count),
                            ("forward", lambda model, ids, *rest: torch.zeros(len(ids), 1, 1))):
@@ -135,6 +135,6 @@ def test_sampling_4096_answers_reads_little_more_than_the_rows_alive_need(monkey
     monkeypatch.setattr(torch, "rand", lambda total, *shape, generator: torch.arange(total)[:, None])
     nothing = types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16,
                                     lm_head=lambda hidden: torch.zeros(len(hidden), 1))
-    answers = sample(nothing, prompts, 32, 2048, 0.0, stop_ids=[1], max_rows=512)
+    answers = sample(nothing, prompts, 32, 2048, 0.0, stop_ids=[1], max_num_seqs=512)
     assert [len(a.ids) for group in answers for a in group] == lengths.tolist()
     assert counts["read"] < 1.15 * counts["needed"] and counts["scores"] < 1.5 * counts["scores needed"]

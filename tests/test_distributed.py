@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config
 
 import grpo
-from data import InputError, expand, write_instances
+from data import expand
+from support.checkpoint import write_model
+from support.files import write_instances
 from toy import toy_agent, toy_task
+
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,19 +23,24 @@ ROOT = Path(__file__).resolve().parents[1]
 # JSON, each [name, number of ranks, settings, what goes wrong]; what a run did is in FOLDER/NAME.
 HARNESS = r"""
 import csv, json, os, random, signal, socket, sys, time
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, ROOT + "/tests"]
 import torch, transformers.models.qwen2.modeling_qwen2
 torch.set_num_threads(1)
 import grpo, toy
-from data import InputError, expand
+from conftest import toy_settings
+from data import expand
 from reward import Score
+from safetensors.torch import save_file
+from support import distributed
+from support.cli import run_main
 
 def flat_for_train0(text, labels, ideal, scheme):
     return Score(0.5 if labels == instances[0].labels else len(text) / 100, 0, 0, 0, 0)
 
 def rank_zero_is_not_finite(logps, reference, advantages, lengths, beta):
     # Its gradient is: without the others' losses a rank could not know.
-    return grpo.grpo_loss(logps, reference, advantages, lengths, beta) + (0 if grpo.ranks()[0] else torch.inf)
+    added = 0 if distributed.rank() else torch.inf
+    return grpo.grpo_loss(logps, reference, advantages, lengths, beta) + added
 
 def run(settings, wrong):
     agent = toy.toy_agent(0)
@@ -40,12 +48,12 @@ def run(settings, wrong):
     def step(self, lr, grad_clip, skip=False):
         if not first and hasattr(agent, "started"):
             for p in self.params:
-                grad = self.sums.get(p, p.grad)
+                grad = self.grad_sums.get(p, p.grad)
                 grad = torch.zeros_like(p) if grad is None else grad.clone()
-                if grpo.ranks()[1] > 1:
+                if distributed.world_size() > 1:
                     torch.distributed.all_reduce(grad)
                 first.append(grad)
-        if wrong == "dies" and grpo.ranks()[0] == 1:
+        if wrong == "dies" and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return honest(self, lr, grad_clip, skip)
     grpo.MasterAdamW.step = step
@@ -55,7 +63,7 @@ def run(settings, wrong):
         lessons = iter([lesson] * settings.sft_steps)
         grpo.supervised(agent, lessons, settings.sft_steps, 1e-3, settings, folder=folder)
     if settings.lora_rank:
-        toy.add_lora(agent.model, settings.lora_rank)
+        grpo.add_lora(agent.model, settings.lora_rank)
         torch.manual_seed(1)
         for name, p in agent.model.named_parameters():  # B is 0 at first, and A then has no gradient
             if "lora_B" in name:
@@ -66,8 +74,8 @@ def run(settings, wrong):
     held_out = toy.toy_task(3, 6, 4, held_out=True)
     instances[:] = expand(candidates, qrels, 2, 6, keep="all")
     grpo.train(agent, instances, settings, folder, held_out=held_out, **hooks)
-    if grpo.ranks()[0] == 0:
-        grpo.save_file({str(i): g for i, g in enumerate(first)}, settings.out + "/first.safetensors")
+    if distributed.rank() == 0:
+        save_file({str(i): g for i, g in enumerate(first)}, settings.out + "/first.safetensors")
     return 0
 
 instances = []
@@ -75,9 +83,9 @@ for name, number, changes, wrong in json.loads(sys.argv[2]):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    few = {"prompts_per_step": 5, "group": 4, "steps": 3, "max_new_tokens": 10, "save_every": 1,
+    few = {"prompts_per_step": 5, "group_size": 4, "steps": 3, "max_new_tokens": 10, "save_every": 1,
            "eval_every": 3, "sft_steps": 0, "reward": "normalized" if wrong == "flat" else "random"}
-    settings = toy.ToySettings(**few | {"out": f"{sys.argv[1]}/{name}"} | changes)
+    settings = toy_settings(**few | {"out": f"{sys.argv[1]}/{name}"} | changes)
     pids = []
     for rank in range(number):
         if not (pid := os.fork()):
@@ -87,7 +95,7 @@ for name, number, changes, wrong in json.loads(sys.argv[2]):
             sys.stdout, sys.stderr = log, log
             sys.argv[0] = "grpo.py"
             try:
-                grpo.run_main(lambda: grpo.on_all_ranks(lambda s: run(s, wrong), settings))
+                run_main(lambda: distributed.on_all_ranks(lambda: run(settings, wrong), on_cards=False))
             except SystemExit as error:
                 log.flush()
                 os._exit(error.code if isinstance(error.code, int) else 1)
@@ -109,6 +117,11 @@ def run_ranks(folder: Path, *runs) -> dict[str, list]:
     )
     assert done.returncode == 0, done.stderr
     return {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
+
+
+def state_of(run: Path) -> Path:
+    """The optimizer's file in the newest save of GRPO."""
+    return max(run.glob("saves/grpo-*")) / "state/optimizer.safetensors"
 
 
 def largest_difference(a: Path, b: Path, only: str = "") -> float:
@@ -157,21 +170,20 @@ def ran(tmp_path_factory) -> Path:
 def test_the_result_does_not_depend_on_the_number_of_ranks(ran, case, number):
     one, several = ran / f"{case} 1", ran / f"{case} {number}"
     assert largest_difference(one / "first.safetensors", several / "first.safetensors") < 1e-5  # gradients
-    state = "state/optimizer.safetensors"
-    assert largest_difference(one / state, several / state, "master") < 5e-5
+    assert largest_difference(state_of(one), state_of(several), "master") < 5e-5
     assert (one / "samples.txt").read_text() == (several / "samples.txt").read_text()
     logs = [
         [line.split(",") for line in (run / "log.csv").read_text().splitlines()] for run in (one, several)
     ]
-    for name in ("reward", "ndcg", "eval_ndcg", "entropy", "kl", "grad_norm", "length", "flat_groups", "lr"):
+    for name in ("reward", "ndcg", "eval_ndcg", "entropy", "kl", "grad_norm", "length", "zero_std_groups",
+                 "lr"):
         column = logs[0][0].index(name)
         a, b = ([float(row[column] or "nan") for row in log[1:]] for log in logs)
         assert a == pytest.approx(b, rel=1e-3, abs=2e-5, nan_ok=True) and len(a) >= 2, name
 
 
 def test_what_three_ranks_have_saved_two_go_on_with(ran):
-    state = "state/optimizer.safetensors"
-    assert largest_difference(ran / "3 to 2" / state, ran / "long" / state, "master") < 5e-5
+    assert largest_difference(state_of(ran / "3 to 2"), state_of(ran / "long"), "master") < 5e-5
     assert len((ran / "3 to 2/log.csv").read_text().splitlines()) == 5
 
 
@@ -182,7 +194,7 @@ def test_only_the_first_rank_writes_and_prints(ran):
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(ran):
     log = (ran / "nan/log.csv").read_text().splitlines()
     assert dict(zip(log[0].split(","), log[1].split(",")))["skipped"] == "1"
-    masters = load_file(ran / "nan/state/optimizer.safetensors")
+    masters = load_file(state_of(ran / "nan"))
     for i, p in enumerate(toy_agent(0).model.parameters()):
         assert (masters[f"master.{i}"] == p).all()
 
@@ -197,8 +209,8 @@ def test_a_rank_that_dies_ends_the_others_with_one_line(ran):
 
 # --- the command, as people type it
 
-TRAIN = ("--prompt toy --group 4 --prompts-per-step 3 --max-new-tokens 8 --lr 1e-3 --steps 3 --reward random "
-         "--device cpu").split()
+TRAIN = ("--prompt toy --group-size 4 --prompts-per-step 3 --max-new-tokens 8 --lr 1e-3 --steps 3 "
+         "--reward random --device cpu").split()
 
 
 def torchrun(number: int, *arguments: str) -> subprocess.CompletedProcess:
@@ -212,7 +224,7 @@ def torchrun(number: int, *arguments: str) -> subprocess.CompletedProcess:
 def trained_alone(tmp_path_factory) -> Path:
     """A folder with a model, data, and the run of one process."""
     folder = tmp_path_factory.mktemp("torchrun")
-    grpo.write_model(toy_agent(0), folder / "model")
+    write_model(toy_agent(0), folder / "model")
     write_instances(folder / "data.jsonl", expand(*toy_task(6, 20, 3), 2, 6, keep="all"))
     assert grpo.main(of(folder, "1")) == 0
     return folder
@@ -241,17 +253,3 @@ def test_a_refusal_is_printed_once_and_speaks_of_memory_on_a_cpu(trained_alone, 
     [line] = [line for line in done.stderr.splitlines() if line.startswith("grpo.py: ")]
     assert done.returncode and "GiB of memory for 2 processes" in line and "card" not in line
     assert "Traceback" not in done.stderr.split("grpo.py FAILED")[0].split("torch/distributed")[0]
-
-
-def test_processes_on_a_cpu_share_its_memory(trained_alone, monkeypatch):
-    """What fits twice into a card's memory does not fit twice into the machine's."""
-    settings = grpo.Settings(model=str(trained_alone / "model"), device="cpu", prompt="toy", max_new_tokens=8,
-                             max_rows=32, answer_tokens=64, prompt_tokens=512, max_prompt_tokens=504,
-                             checkpointing=False)
-    table = grpo.memory_rows(toy_agent(0).model.config, 128_256, settings, 4)
-    one = max(sum(row[0] for row in table.values()), sum(row[1] for row in table.values()))
-    monkeypatch.setattr(grpo, "free_memory", lambda device: 1.5 * one / 0.95)
-    grpo.planned(settings)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="memory for 2 processes"):
-        grpo.planned(settings)

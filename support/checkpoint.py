@@ -1,0 +1,258 @@
+"""A model's files: read with clear faults; written so that transformers 4 and 5, vLLM and peft load them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
+from transformers.utils import find_adapter_config_file, logging
+
+from support.cli import InputError
+from support.download import hub_answers
+from support.lora import LORA_SCALE, merged_state
+from support.memory import out_of_memory
+
+# What transformers reads beside config.json. Of the weights and the vocabulary, the first that is there.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+           "pytorch_model.bin.index.json")
+VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja",
+            "special_tokens_map.json", "added_tokens.json")
+
+
+@contextlib.contextmanager
+def reading(name: str, what: str):
+    """Turn whatever fails in the block, while `what` of model `name` is read, into an InputError of one line.
+
+    On other people's files the libraries raise exceptions of every kind, and a panic of tokenizers' Rust is
+    not even an Exception. transformers' own warnings are silenced, such as its table of missing tensors, and
+    its progress bars where nobody watches.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = "".join(c for c in " ".join(str(error).split()) if c.isprintable())
+        if out_of_memory(error):  # no fault of the model's
+            reason = "too little memory; use a smaller model"
+        elif not isinstance(error, InputError):
+            reason = f"{what} cannot be loaded ({type(error).__name__}: {reason[:200]}); "
+            if Path(name).is_dir():
+                reason += (f"it may be damaged, or need newer libraries than transformers "
+                           f"{transformers.__version__} and tokenizers {tokenizers.__version__}")
+            else:
+                reason += "without a network, pass a folder that `hf download` has written elsewhere"
+        raise InputError(f"--model {name}: {reason}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def read_config(name: str):
+    """(configuration, how to load the rest) of a model.
+
+    Never runs code from the folder: transformers would ask for consent, and wait for the answer.
+    """
+    folder = Path(name)
+    a_path = name.startswith((".", "/", "~")) or folder.exists() or name.count("/") != 1
+    local = a_path or not hub_answers()
+    with reading(name, "config.json"):
+        if a_path and not folder.is_dir():
+            raise InputError("no such model folder (one with config.json, as save_pretrained writes it; or "
+                             "pass a hub name like Qwen/Qwen2.5-7B)")
+        if (folder / "saves").is_dir() and (folder / "checkpoint").is_dir():
+            raise InputError(f"this is the folder of a run of grpo.py; pass {folder / 'checkpoint'}")
+        if adapter := find_adapter_config_file(name, local_files_only=local):
+            raise holds_adapter(Path(adapter).absolute())
+        if a_path:
+            check_content(present(folder, ["config.json"]))
+        source = {"local_files_only": local, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(name, **source)
+    config._attn_implementation = "eager"  # always installed, and not used: attention is ours
+    return config, source
+
+
+def check_folder(name: str) -> str:
+    """The name of the file of weights, for messages. InputError where a file of a folder is at fault."""
+    if not Path(name).is_dir():
+        return "its weights"
+    with reading(name, "model.safetensors.index.json"):
+        return check_files(Path(name))
+
+
+def load_weights(name: str, weights: str, config, dtype: str, device, **source):
+    """The model with its weights (a file of that name), on `device`. InputError: see `check_tensors`."""
+    with reading(name, f"{weights} or generation_config.json"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            **source)
+        model = model.to(device).eval()
+        check_tensors(model, found)
+    return model
+
+
+def load_tokenizer(name: str, **source):
+    """The tokenizer a checkpoint declares, or just its tokenizer.json if it declares no class that we know.
+
+    AutoTokenizer would then put Qwen2's splitting rules in its place, and the toy's words would be unknown.
+    """
+    declared = get_tokenizer_config(name, **source).get("tokenizer_class")
+    known = tokenizer_class_from_name(declared) if declared else None  # also None for a newer library's class
+    generic = known in (None, PreTrainedTokenizerFast)
+    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name, **source)
+
+
+def present(folder: Path, names: Sequence[str]) -> Path:
+    """The first of these files that is in the folder. InputError, with what is there, if none is."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    there = ", ".join(sorted(path.name for path in folder.iterdir() if path.exists())[:8]) or "nothing"
+    inside = folder / "checkpoint"  # of a run of grpo.py
+    advice = f"; pass {inside}" if (inside / "config.json").is_file() else ""
+    raise InputError(f"there is no {names[0]} in this folder, only {there}{advice}")
+
+
+def check_files(folder: Path) -> str:
+    """The name of the file of weights, or of their index. InputError, with a file's name, where one that
+    loading reads is absent, damaged or a stand-in."""
+    weights = present(folder, WEIGHTS)
+    files = [weights, present(folder, VOCABULARY)]
+    files += [path for path in sorted(folder.iterdir()) if path.name in OPTIONAL]
+    if weights.suffix == ".json":
+        files += [folder / shard for shard in sorted(set(read_json(weights)["weight_map"].values()))]
+    for path in files:
+        check_content(path)
+    return weights.name
+
+
+def check_content(path: Path) -> None:
+    """InputError, with the file's name, where the content is not that of such a file or not whole."""
+    fault = ""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(200).strip().lower()
+        if not head:
+            fault = "is empty"
+        elif head.startswith(b"version https://git-lfs"):
+            fault = "is a Git LFS pointer, not the file itself"
+        elif head.startswith((b"<!doctype", b"<html")):
+            fault = "is a web page, not the file itself"
+        elif path.suffix == ".json":
+            read_json(path)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):  # sees whether it is whole
+                pass
+    except (OSError, SafetensorError) as error:
+        fault = f"cannot be read ({error})"
+    if fault:
+        raise InputError(f"{path.name} {fault}; fetch it again (`hf download` or `git lfs pull`)")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. InputError names the file that holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} is not JSON in UTF-8, or not whole ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path.name} holds {json.dumps(content)[:50]}, not a JSON object")
+    return content
+
+
+def holds_adapter(config: Path) -> InputError:
+    """Whose adapter adapter_config.json describes, and what to pass instead: adapters are not read."""
+    base, merged = read_json(config).get("base_model_name_or_path"), config.parent.with_name("checkpoint")
+    advice = "merge it into its base (peft's merge_and_unload) and pass the result"
+    if config.parent.name == "adapter" and (merged / "config.json").is_file():
+        advice = f"pass {merged}, where it is merged"
+    elif config.with_name("config.json").is_file():
+        advice += ", or remove adapter_config.json if the weights beside it have it merged"
+    return InputError(f"adapter_config.json says that this is a LoRA adapter of {base}; {advice}")
+
+
+def check_tokenizer(tokenizer, rows: int) -> None:
+    """InputError unless the tokenizer writes text, and a chat, in ids below `rows`."""
+    if not tokenizer("Is it [1]?")["input_ids"]:
+        raise InputError("its tokenizer has no vocabulary; is tokenizer.json missing?")
+    # Many a padding token was added without an embedding. We do not use it.
+    words = {i: word for word, i in tokenizer.get_vocab().items() if word != tokenizer.pad_token}
+    if (top := max(words)) >= rows:
+        raise InputError(f"its tokenizer has the id {top} for {words[top]!r}, and the model has only {rows} "
+                         "embeddings; they are of two models, or the embeddings were not resized")
+    if not tokenizer.chat_template:
+        raise InputError("its tokenizer has no chat template; use the model's instruct variant, or put a "
+                         "chat_template.jinja into its folder")
+
+
+def check_tensors(model, found: dict) -> None:
+    """InputError that names a tensor which the config or the weights lack, or which is not finite.
+
+    `found` is what transformers tells of the loading. It ignores tensors for which the config has no place;
+    those of the layers and the head are part of the forward pass, so that here they are a fault.
+    """
+    faults = [f"its config asks for {tensor}, which its weights lack" for tensor in found["missing_keys"]]
+    faults += [f"{tensor} is {list(there)} in its weights, {list(wanted)} by its config"
+               for tensor, there, wanted in found["mismatched_keys"]]
+    faults += [f"its weights hold {tensor}, for which its config has no place"
+               for tensor in found["unexpected_keys"] if tensor.startswith(("model.", "lm_head."))]
+    faults += [f"{tensor} holds NaN or infinity; its weights are damaged, or too large for {p.dtype}"
+               for tensor, p in model.named_parameters() if not p.isfinite().all()]
+    if faults:
+        raise InputError(min(faults))
+
+
+def write_model(agent, folder: Path) -> None:
+    """Write model and tokenizer as others read them, LoRA added to the weights.
+
+    transformers 4, and engines built on it, look for RoPE's base and the precision under their older
+    names (and take 10,000 for a base they do not find), and do not know the tokenizer class of
+    transformers 5.
+    """
+    logging.disable_progress_bar()  # transformers' bar would break up our own
+    agent.model.save_pretrained(folder, state_dict=merged_state(agent.model))
+    logging.enable_progress_bar()
+    agent.tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    config |= {"rope_theta": rope.get("rope_theta", 10_000.0), "torch_dtype": config.get("dtype")}
+    # A config may have said "tied" beside a head of its own, which other loaders would then drop.
+    config["tie_word_embeddings"] = agent.model.lm_head.weight is agent.model.get_input_embeddings().weight
+    config.pop("auto_map", None)  # names code in the model's folder, which we have neither run nor copied
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("auto_map", None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def save_adapter(model, folder: Path, base: str) -> None:
+    """Write A and B, if the model has any, to `folder` as peft and vLLM read them, to be put on `base`."""
+    tensors = {f"base_model.model.{name}.weight": p.detach() for name, p in model.named_parameters()
+               if ".lora_" in name}
+    if not tensors:
+        return
+    rank = next(len(x) for name, x in tensors.items() if "lora_A" in name)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+              "lora_alpha": LORA_SCALE * rank, "target_modules": sorted({n.split(".")[-3] for n in tensors})}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -1,0 +1,384 @@
+"""The files that are read and written: TREC judgements and runs, first-stage lists, training instances.
+
+What is read from outside is checked: InputError names the file, the line, and what was expected. What is
+written appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import io
+import json
+import math
+import os
+import re
+import shutil
+import string
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from support.cli import InputError
+
+UTF8 = ("utf-8", "surrogateescape")  # ids are bytes: what is not UTF-8 becomes surrogates, and itself again
+
+
+def stream_at(path: str | Path) -> str | Path | int | None:
+    """What to open if `path` is not a file that can be replaced: 1 or 2 if it is our own standard output or
+    error, else `path` (a pipe, a device, a folder, links in a circle). None for a file, or nothing yet.
+    """
+    for number in (1, 2):
+        with contextlib.suppress(OSError):  # nothing is there, or the stream is closed
+            if os.path.samefile(path, number):
+                return number
+    circle = os.path.islink(os.path.realpath(path))
+    return path if circle or os.path.exists(path) and not os.path.isfile(path) else None
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
+    """Open `path` to write text ("w": UTF-8, "\\n" line ends) or bytes ("wb"); a name in .gz is compressed.
+
+    It appears whole or not at all: a file beside it is renamed at the end, with the old one's mode. Missing
+    folders are made, symbolic links are followed. Pipes, devices and our own stdout are written to directly.
+    """
+    text = {} if mode == "wb" else {"encoding": UTF8[0], "errors": UTF8[1], "newline": "\n"}
+    stream = stream_at(path)
+    if stream is not None:
+        print(end="", flush=True)  # first what was printed before
+        with open(stream, mode, closefd=not isinstance(stream, int), **text) as file:
+            yield file
+        return
+    opener = gzip.open if Path(path).suffix == ".gz" else open
+    path = Path(os.path.realpath(path))
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with opener(part, "wb" if mode == "wb" else "wt", **text) as file:
+            yield file
+        with contextlib.suppress(OSError):  # there is no old file, or its disk knows no modes
+            shutil.copymode(path, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+NO_TEXT = {  # how files begin that we cannot read
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\3\4": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd",
+    b"PAR1\x15": "Parquet", b"%PDF-": "PDF", b"version https://git-lfs": "a Git LFS pointer, not the data"}
+
+
+@contextlib.contextmanager
+def open_bytes(path: str | Path) -> Iterator:
+    """Open `path` ("-": standard input) to read bytes; gzip is unpacked, a byte order mark left out.
+    InputError: damaged gzip, a beginning that no UTF-8 text has, a UnicodeDecodeError inside the block.
+    """
+    name = "standard input" if path == "-" else path
+    standard = path == "-" and io.BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")  # None: it is closed
+    try:
+        with io.BufferedReader(standard or io.FileIO(path)) as file:
+            if Path(path).suffix == ".gz" or file.peek(2).startswith(b"\x1f\x8b"):
+                file = gzip.open(file)
+            head = file.peek(32)
+            what = next((what for start, what in NO_TEXT.items() if head.startswith(start)), "")
+            if what or b"\0" in head[:4]:  # UTF-16 may lack its mark
+                raise InputError(f"{name}: looks like {what or 'UTF-16'}; expected text in UTF-8")
+            if head.startswith(b"\xef\xbb\xbf"):
+                file.read(3)
+            yield file
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise InputError(f"{name}: not a readable gzip file ({error})") from None
+    except UnicodeDecodeError as error:
+        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+        raise InputError(f"{name}:{line}: expected UTF-8 text, found the byte 0x{byte:02x}") from None
+
+
+def read_text(path: str | Path) -> str:
+    """The text of `path` ("-": standard input). InputError: see open_bytes; it names the line."""
+    with open_bytes(path) as file:
+        return file.read().decode("utf-8")
+
+
+def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSON list or a JSONL file, each with its place ("file: record n", "file:line")."""
+    content, decode, end, line = read_text(path), json.JSONDecoder().raw_decode, 0, 1
+    broken = re.search(r"\\u[dD][89a-fA-F]", content)  # half a surrogate pair fits into no file
+    while (start := re.compile(r"[\s\ufeff]*").match(content, end).end()) < len(content):
+        line += content.count("\n", end, start)
+        try:
+            value, end = decode(content, start)
+            if broken:
+                value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{line}: expected JSON ({error})") from None
+        is_list = isinstance(value, list)
+        if not is_list and "\n" in content[start:end]:
+            raise InputError(f"{path}:{line}: a JSON object over several lines; expected one object per line "
+                             "(JSONL) or one JSON list")
+        for n, record in enumerate(value if is_list else [value], 1):
+            where = f"{path}: record {n}" if is_list else f"{path}:{line}"
+            if not isinstance(record, dict):
+                raise InputError(f"{where}: expected a JSON object, found {record!r:.40}")
+            yield where, record
+        line += content.count("\n", start, end)
+
+# ------------------------------------------------------------------------------------------------------------
+# TREC judgements (qrels) and runs
+
+TREC_FORMATS = {  # fields, the value's place, its type and how far from 0 it may be
+    "qrels": ("qid iter docid label", 3, int, 2**63 - 1),
+    "run": ("qid Q0 docid rank score tag", 4, float, math.inf)}
+
+
+def trec_id(docid: str) -> str:
+    """`docid` as TREC files can hold it: ASCII white space inside becomes `_` (BRIGHT has such ids)."""
+    return re.sub(r"\s+", "_", docid.strip(string.whitespace), flags=re.ASCII)
+
+
+def read_trec(path: str | Path, kind: str, as_text: bool = False) -> dict:
+    """{qid: {docid: value}} of "qrels" or a "run" (.gz too), in the file's order; labels int, scores float.
+
+    As trec_eval reads them: ids are bytes, fields stand between ASCII white space, `#` lines are skipped,
+    blank lines only in runs, a run's fields after the sixth are ignored. InputError names the line that has
+    the wrong width, no number for a value (trec_eval takes it for 0), or a document that came before.
+    `as_text`: ids are strings, and fields too many mean a docid with spaces, which become `_`.
+    """
+    form, place, number, limit = TREC_FORMATS[kind]
+    width, hash_sign, underscore = len(form.split()), *b"#_"  # `35 in text` is faster than `b"#" in`
+    table: dict[bytes, dict[bytes, float]] = {}
+    newest = None
+
+    def bad_line(n: int, line: bytes) -> InputError:
+        found = line.decode("utf-8", "replace")
+        return InputError(f"{path}:{n}: expected `{form}`, each document once per query, found {found!r:.80}")
+
+    with open_bytes(path) as file:
+        for n, line in enumerate(file, 1):
+            fields = line.split()
+            if len(fields) != width or fields[0][0] == hash_sign:
+                if fields and fields[0][0] == hash_sign or kind == "run" and not fields:
+                    continue
+                spare = len(fields) - width
+                if spare < 0 or kind == "qrels" and not as_text or b"\r" in line.strip():  # \r ends no line
+                    raise bad_line(n, line)
+                if as_text:
+                    fields[2:3 + spare] = [b"_".join(fields[2:3 + spare])]
+            qid, docid, text = fields[0], fields[2], fields[place]
+            if qid != newest:  # one look-up for each query and not for each line
+                row, newest = table.setdefault(qid, {}), qid
+            try:
+                value = number(text)
+            except ValueError:
+                raise bad_line(n, line) from None
+            # NaN is not within the limits. Python reads 1_000 as a number.
+            if docid in row or not -limit <= value <= limit or underscore in text or 0 in line:
+                raise bad_line(n, line)
+            row[docid] = value
+    if not table:
+        raise bad_line(1, b"nothing")
+    if not as_text:
+        return table
+    return {qid.decode(*UTF8): {docid.decode(*UTF8): value for docid, value in row.items()}
+            for qid, row in table.items()}
+
+
+def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
+    """{qid: {docid: label}} in the file's order. Spaces in docids become `_`. InputError: see read_trec."""
+    return read_trec(path, "qrels", as_text=True)
+
+
+def read_run(path: str | Path) -> dict[str, dict[str, float]]:
+    """{qid: {docid: score}} in the file's order; the rank column is ignored. InputError: see read_trec."""
+    return read_trec(path, "run", as_text=True)
+
+
+def write_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None:
+    """Write {qid: docids, best first} as a TREC run. Scores fall from n-1 to 0: no tie can undo the order.
+    Docids are written as trec_id gives them. InputError: see check_run.
+    """
+    check_run(path, ranking, tag)
+    with atomic_write(path) as file:
+        for qid, docids in ranking.items():
+            for rank, docid in enumerate(docids, 1):
+                file.write(f"{qid} Q0 {trec_id(docid)} {rank} {len(docids) - rank} {tag}\n")
+
+
+def check_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None:
+    """InputError if write_run could not write this, in any order. Called before long work."""
+    if stream_at(path) is not None or not os.path.basename(path):
+        raise InputError(f"{path}: is a folder, a pipe or a device; expected the name of a file to write")
+    for qid, docids in ranking.items():
+        names = [trec_id(docid) for docid in docids]
+        bad = [name for name in (qid, tag, *names) if not re.fullmatch(r"[^\s\0]+", name, re.ASCII)]
+        if bad or qid.startswith("#"):
+            raise InputError(f"{path}: expected ids and a tag without white space, and no # before a "
+                             f"query's, found {(bad or [qid])[0]!r}")
+        if len(set(names)) < len(names):
+            twice = max(names, key=names.count)
+            raise InputError(f"{path}: query {qid} has two documents {twice!r} (white space becomes _)")
+
+
+def write_qrels(path: str | Path, qrels: dict[str, dict[str, int]]) -> None:
+    """Write {qid: {docid: label}} as TREC judgements."""
+    with atomic_write(path) as file:
+        for qid, labels in qrels.items():
+            for docid, label in labels.items():
+                file.write(f"{qid} 0 {trec_id(docid)} {label}\n")
+
+# ------------------------------------------------------------------------------------------------------------
+# First-stage lists
+
+TEXT_FIELDS = ("contents", "content", "text", "segment", "passage", "body", "doc")  # where a text may be
+
+
+@dataclasses.dataclass
+class Candidates:
+    """One query's first-stage list, best first: docids, texts and scores are parallel."""
+
+    qid: str
+    query: str
+    docids: list[str]
+    texts: list[str]
+    scores: list[float]
+
+
+def text_field(record: dict, names: Iterable[str], what: str, where: str) -> str:
+    """The string under the first of `names` that is not empty in `record`; a whole number is taken as one
+    (ids). InputError."""
+    values = [record[name] for name in names if record.get(name) is not None] or [None]
+    value = next((value for value in values if value != ""), "")
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise InputError(f"{where}: expected {what} as a string ({', '.join(names)}), found {value!r:.40}")
+    return value.encode("utf-8", "replace").decode()  # JSON can smuggle in half a surrogate pair
+
+
+def candidates_of(record: dict, where: str, counts: Counter) -> Candidates | None:
+    """The list in one record, in any form of `read_candidates`; None if it is empty. `counts` receives
+    the number of records so far, and what there is to tell of them.
+    """
+    hits = next((record[name] for name in ("candidates", "hits", "ctxs") if name in record), None)
+    if not isinstance(hits, list) or not all(isinstance(hit, (dict, str)) for hit in hits):
+        raise InputError(f'{where}: expected one object per query, with objects or strings in a list '
+                         '"candidates" (rank_llm), "hits" (RankGPT) or "ctxs" (Rankify), found the fields '
+                         f"{', '.join(record):.60}")
+    counts["records"] += 1
+    if not hits:
+        counts["without candidates are left out"] += 1
+        return None
+    hits = [{"text": hit} if isinstance(hit, str) else hit for hit in hits]
+    docs = [hit["doc"] if isinstance(hit.get("doc"), dict) else hit for hit in hits]
+    both = [doc | hit for doc, hit in zip(docs, hits)]  # where an id may be
+    numbered = all(fields.get(name) is None for fields in both for name in ("docid", "id"))
+    counts["have candidates without ids: their places, from 1, are taken"] += numbered
+    scored = any(hit.get("score") is not None for hit in hits)
+    head = record["query"] if isinstance(record.get("query"), dict) else record
+    spare = {"query_id": head.get("id", counts["records"] if numbered else None)}
+    qid = text_field(spare | hits[0] | record | head, ("qid", "query_id"), "the query's id", where)
+    query = text_field(head, ("text", "query", "question"), "the query's text", where)
+    result = Candidates(qid, query, [], [], [])
+    for n, (hit, doc, fields) in enumerate(zip(hits, docs, both), 1):
+        here = f"{where}, passage {n}"
+        score = hit.get("score") if scored else len(hits) - n  # where none has one: the place in the list
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not -1e300 < score < 1e300:
+            raise InputError(f"{here}: expected a finite number as score, found {score!r:.40}")
+        text = text_field(doc, TEXT_FIELDS, "the passage's text", here)
+        title = text_field(doc, ("title",), "a title", here) if doc.get("title") else ""
+        docid = str(n) if numbered else text_field(fields, ("docid", "id"), "the passage's id", here)
+        result.docids.append(docid)
+        result.texts.append(f"{title} {text}".strip() if title else text)
+        result.scores.append(float(score))
+    if "" in (qid, *result.docids) or len(set(result.docids)) < len(hits):
+        raise InputError(f"{where}: expected ids that are not empty, and no passage twice for query {qid!r}")
+    return result
+
+
+def read_candidates(path: str | Path) -> list[Candidates]:
+    """Read first-stage lists in the file's order: that order is the ranking, scores are only carried along.
+
+    One object per line or one JSON list, .gz of each, of one of three shapes:
+    rank_llm           {"query": {"text", "qid"}, "candidates": [{"docid", "score", "doc": {"contents"}}]}
+    RankGPT, REARANK   {"query", "hits": [{"content", "qid", "docid", "score"}]}
+    Rankify            {"question", "query_id", "ctxs": [{"id", "title", "text", "score"}]}
+    (The last is what Rankify's own loader reads; we have not opened one of its files.)
+
+    A passage or its `doc` may be a plain string; of TEXT_FIELDS the first that is not empty counts. A list
+    may have no scores. If none of its passages has an id, their places from 1 are the ids, and the record's
+    number that of a query without one. Queries without passages are left out, and counted on stderr.
+    """
+    queries, counts = {}, Counter()
+    for where, record in read_records(path):
+        query = candidates_of(record, where, counts)
+        if query and query.qid in queries:
+            raise InputError(f"{where}: query {query.qid} is there twice")
+        if query:
+            queries[query.qid] = query
+    if not queries:
+        found = "only queries without any" if counts["records"] else "an empty file"
+        raise InputError(f"{path}: expected candidates, found {found}")
+    for what, count in counts.items():
+        if what != "records" and count:
+            print(f"{path}: {count} queries {what}", file=sys.stderr)
+    return list(queries.values())
+
+
+def write_candidates(path: str | Path, candidates: Iterable[Candidates]) -> None:
+    """Write rank_llm JSONL, one query per line. read_candidates reads the same back."""
+    with atomic_write(path) as file:
+        for query in candidates:
+            hits = [{"docid": docid, "score": float(score), "doc": {"contents": text}}
+                    for docid, text, score in zip(query.docids, query.texts, query.scores, strict=True)]
+            record = {"query": {"text": query.query, "qid": query.qid}, "candidates": hits}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+# ------------------------------------------------------------------------------------------------------------
+# Training instances
+
+@dataclasses.dataclass
+class Instance:
+    """One training prompt: the passages in their initial order, and the label of each.
+
+    `ideal`: all judged labels of the query. NDCG's ideal is taken over them, not over the window.
+    """
+
+    qid: str
+    query: str
+    docids: list[str]
+    texts: list[str]
+    labels: list[int]
+    ideal: list[int]
+
+    def json(self) -> str:
+        return json.dumps(vars(self), ensure_ascii=False) + "\n"
+
+
+def judged_labels(query: Candidates, judged: dict[str, int]) -> list[int]:
+    """The labels of a list's passages; 0 for those without a judgement or with a negative one."""
+    return [max(0, judged.get(trec_id(docid), 0)) for docid in query.docids]
+
+
+def write_instances(path: str | Path, instances: Iterable[Instance]) -> None:
+    """Write one instance per line, as JSON. read_instances reads the same back."""
+    with atomic_write(path) as file:
+        file.writelines(instance.json() for instance in instances)
+
+
+def read_instances(path: str | Path) -> list[Instance]:
+    """Read a file that write_instances wrote, or one in that form. InputError names the bad line."""
+    instances, names = [], [field.name for field in dataclasses.fields(Instance)]
+    for where, record in read_records(path):
+        qid, query, *lists = [record.get(name) for name in names]
+        if set(record) != set(names) or not all(isinstance(values, list) for values in lists):
+            raise InputError(f"{where}: expected qid, query and the lists docids, texts, labels, ideal")
+        docids, texts, labels, ideal = lists
+        strings, numbers = {type(x) for x in [qid, query, *docids, *texts]}, {type(x) for x in labels + ideal}
+        if strings != {str} or numbers != {int} or not len(docids) == len(texts) == len(labels) > 0:
+            raise InputError(f"{where}: expected as many texts (strings) and labels (integers) as docids "
+                             "(strings), and at least one")
+        instances.append(Instance(**record))
+    return instances

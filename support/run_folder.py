@@ -1,0 +1,372 @@
+"""The folder of a training run: log, samples, saves, and what a run needs to survive being killed.
+
+    config.json                the settings
+    log.csv, samples.txt       a row per step; whole rollouts now and then; skipped.txt: those of bad updates
+    saves/grpo-000100/         a save: checkpoint/ (and adapter/), and state/ for --resume
+    checkpoint/, adapter/      the newest save's, and best/ the best one's, each loadable by itself
+
+A save appears under its name when it is whole. The files of checkpoint/, adapter/ and best/ are hard links
+into a save (copies where the file system has none), each replaced in one instant: they are never absent, and
+at a kill at most one save behind.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from support.checkpoint import save_adapter, write_model
+from support.cli import InputError
+from support.distributed import gather, rank, say, world_size
+from support.files import atomic_write
+
+LOGS = ("log.csv", "samples.txt", "skipped.txt")  # files that grow; a save notes how long they are
+COLUMNS = (
+    "step", "reward", "ndcg", "ndcg_init", "ndcg_best", "eval_ndcg", "eval_low", "eval_high", "reward_std",
+    "rank", "format1", "format2", "permutations", "unchanged", "zero_std_groups", "length", "hit_limit",
+    "prompts_shortened", "kl", "entropy", "logp_diff", "logp_diff_max", "grad_norm", "skipped", "lr", "loss",
+    "tokens_per_s", "seconds", "peak_mib")
+LINE = (
+    "step {step:4d}  reward {reward:+.3f}  NDCG@10 {ndcg:.3f} (given {ndcg_init:.3f}, best {ndcg_best:.3f})  "
+    "in-group std {reward_std:.2f}  whole orders {permutations:.0%}  rewards all equal {zero_std_groups:.0%}"
+    "  length {length:.0f}  hit limit {hit_limit:.0%}  entropy {entropy:.2f}  {tokens_per_s:.0f} tok/s  "
+    "{seconds:.1f} s")
+# Settings that make it another run: --resume refuses to change them. The last three are the toy's.
+FIXED = ("model seed prompts_per_step group_size reward prompt window draws order keep_draws min_ndcg "
+         "sft_steps sft_lr lora_rank teacher_graded eval_queries eval_seed").split()
+
+
+class RunFolder:
+    """A run's folder, made ready for writing. Only rank 0 writes; every rank makes one.
+
+    `trained_on` describes the training data; a resumed run must have the same. An earlier run in the folder
+    is moved aside, unless `settings.resume`. InputError where another process uses the folder, or --resume
+    does not fit the run that is there.
+    """
+
+    def __init__(self, settings, trained_on: dict | None = None):
+        self.path, self.settings, self.writes = Path(settings.out), settings, rank() == 0
+        earlier = earlier_config(settings)
+        if earlier and trained_on and earlier.get("trained_on") not in (None, trained_on):
+            raise InputError(f"--resume: {self.path} was trained on other data, {earlier['trained_on']}; "
+                             f"these are {trained_on}")
+        if self.writes:
+            if settings.resume and not earlier:
+                print(f"--resume: nothing has been saved in {self.path} yet: starting from the beginning")
+            self.lock()
+            if not earlier and holds_run(self.path):
+                numbered = (Path(f"{self.path}.{n}") for n in itertools.count(1))
+                aside = next(path for path in numbered if not path.exists())
+                self.path.rename(aside)
+                print(f"{self.path} held an earlier run, which is now {aside}")
+                self.lock()
+            with atomic_write(self.path / "config.json") as file:
+                json.dump(dataclasses.asdict(settings) | {"trained_on": trained_on}, file, indent=2)
+        gather([])  # no rank looks into the folder before it is ready
+
+    def lock(self) -> None:
+        """Make the folder and claim it. InputError where another process trains in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.claim = open(self.path / ".lock", "w")
+        try:
+            import fcntl
+
+            fcntl.lockf(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
+        except BlockingIOError:
+            raise InputError(f"{self.path}: another process is training there") from None
+        except (ImportError, OSError):  # Windows; a file system without locks
+            pass
+
+    # --- log and samples
+
+    def log(self, row: dict[str, float]) -> None:
+        """Append a step to log.csv and print it. The loss is not printed: on-policy it is about 0."""
+        if self.writes:
+            with open(self.path / "log.csv", "a", newline="", encoding="utf-8") as file:
+                columns = [*COLUMNS, *(name for name in row if name not in COLUMNS)]
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        line = LINE if math.isnan(row["kl"]) else LINE + "  kl {kl:.4f}"
+        if "eval_ndcg" in row:
+            line += "  held out {eval_ndcg:.3f} ({eval_low:.3f} to {eval_high:.3f})"
+        if row["skipped"]:
+            line += "  SKIPPED: loss {loss}, norm {grad_norm}; see skipped.txt"
+        say(line.format(**row))
+
+    def write_samples(self, name: str, step: int, rollouts, which: Iterable[int]) -> str:
+        """Append these of a step's rollouts to the file `name`. Returns the new text."""
+        new = ""
+        for i in which:
+            instance, score = rollouts.instances[i // self.settings.group_size], rollouts.scores[i]
+            reward, tokens = float(rollouts.rewards.flatten()[i]), len(rollouts.completions[i].ids)
+            new += (f"--- step {step}, query {instance.qid}: {instance.query}\n"
+                    f"    labels of [1], [2], ...: {instance.labels}\n"
+                    f"    reward {reward:+.3f}, NDCG@10 {score.ndcg:.3f}, "
+                    f"format {score.format1:.0f} {score.format2:.0f}, {tokens} tokens\n"
+                    f"{rollouts.texts[i]}\n\n")
+        if self.writes:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(new)
+        return new
+
+    # --- saves
+
+    def saves(self, phase: str) -> list[Path]:
+        """The saves of a phase, the newest last."""
+        return sorted(self.path.glob(f"saves/{phase}-" + "[0-9]" * 6))
+
+    def save(self, agent, optimizer, phase: str, step: int, best: float = -1.0, best_step: int = 0) -> None:
+        """Write a save, show it in checkpoint/, then delete the phase's oldest. Every rank must call this.
+
+        `best` and `best_step`: the best validation so far. OSError where it cannot be written, SystemExit
+        where the weights are not finite: earlier saves stay as they are.
+        """
+        if not all(p.isfinite().all() for p in agent.model.parameters()):
+            raise SystemExit(f"{phase}, step {step}: weights are not finite, and are not saved; lower the "
+                             "learning rate and go on from the save before with --resume")
+        tensors = optimizer.state()
+        if not self.writes:
+            return
+        part, save = (self.path / "saves" / name for name in (".part", f"{phase}-{step:06d}"))
+        state = {"step": step, "best": best, "best_step": best_step}
+        for name in LOGS:
+            if (self.path / name).exists():
+                state[name] = (self.path / name).stat().st_size
+        for unfinished in (part, save):  # left by a run that was killed while it saved
+            shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            (part / "state").mkdir(parents=True)
+            write_model(agent, part / "checkpoint")
+            save_adapter(agent.model, part / "adapter", self.settings.model)
+            save_file(tensors, part / "state/optimizer.safetensors")
+            (part / "state/state.json").write_text(json.dumps(state), encoding="utf-8")
+            umask = os.umask(0)  # the only way to ask for it
+            os.umask(umask)
+            for file in part.glob("*/*"):  # safetensors writes its files for their owner alone
+                file.chmod(0o666 & ~umask)
+            part.rename(save)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{save} cannot be written ({error}); earlier saves are as they were: go on from "
+                          "the newest with --resume") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        self.show(save, best_step)
+        # Saves after this one could not be read. They are written again in their turn.
+        for old in [old for old in self.saves(phase) if old <= save][:-self.settings.keep]:
+            if old.name != f"{phase}-{best_step:06d}":
+                shutil.rmtree(old)
+
+    def show(self, save: Path, best_step: int) -> None:
+        """Let checkpoint/ and adapter/ have this save's files, best/ the best save's, each in one instant."""
+        shown = {"checkpoint": save / "checkpoint", "adapter": save / "adapter"}
+        if best_step:
+            shown["best"] = save.with_name(f"{save.name[:-6]}{best_step:06d}") / "checkpoint"
+        for target, source in shown.items():
+            if source.exists():
+                (self.path / target).mkdir(exist_ok=True)
+            for file in source.glob("*"):
+                new, old = self.path / f".{file.name}.new", self.path / target / file.name
+                try:
+                    new.unlink(missing_ok=True)
+                    try:
+                        os.link(file, new)
+                    except OSError:  # a file system without hard links
+                        shutil.copyfile(file, new)
+                    os.replace(new, old)
+                except OSError as error:  # on Windows, a file that somebody has open
+                    say(f"{old} could not be replaced ({error}); the save has it: {file}", file=sys.stderr)
+                finally:
+                    new.unlink(missing_ok=True)  # os.replace leaves it where `old` is the same file already
+
+    def load(self, optimizer, phase: str) -> dict:
+        """Read the phase's newest readable save into the optimizer. Returns its state.json, else step 0.
+
+        InputError where there are saves but none can be read, or the ranks do not see the same.
+        """
+        saves, state = self.saves(phase), None
+        for save in reversed(saves):
+            state = read_save(save, optimizer)
+            if state:
+                say(f"--resume: going on from {save}")
+                if self.writes and (phase == "grpo" or not self.saves("grpo")):  # the run's last phase
+                    self.show(save, state["best_step"])
+                break
+        if saves and not state:
+            raise InputError(f"--resume: none of {self.path}/saves/{phase}-* can be read")
+        state = state or dict(FRESH)
+        if len(set(gather([state["step"]]))) > 1:
+            raise InputError(f"--resume: the ranks do not read the same save in {self.path}")
+        return state
+
+    def rewind(self, state: dict) -> list[dict[str, float]]:
+        """Cut the logs to what they were when this state was saved. Returns the rows of log.csv."""
+        if self.writes:
+            for file in (self.path / name for name in LOGS if (self.path / name).exists()):
+                os.truncate(file, min(state.get(file.name, 0), file.stat().st_size))
+        gather([])  # no rank reads before that
+        log = self.path / "log.csv"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(lines)]
+
+
+FRESH = {"step": 0, "best": -1.0, "best_step": 0}
+
+
+def read_save(save: Path, optimizer) -> dict | None:
+    """Read a save into the optimizer. Returns its state.json; None, and a warning, if it cannot be read."""
+    try:
+        state = json.loads((save / "state/state.json").read_text(encoding="utf-8"))
+        if missing := FRESH.keys() - state.keys():
+            raise ValueError(f"state.json lacks {missing}")
+        for part in save.glob("checkpoint/*.safetensors"):
+            with safe_open(part, "pt"):  # fails unless the file is whole
+                pass
+        with safe_open(save / "state/optimizer.safetensors", "pt") as file:
+            optimizer.load_state((name, file.get_tensor(name)) for name in file.keys())
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        say(f"--resume: {save} cannot be read ({error})", file=sys.stderr)
+        return None
+
+
+class Phase:
+    """A phase of a run ("sft", "grpo"), in a `with` block: resumes it, saves in time, and saves on Ctrl-C.
+
+        with Phase(folder, "grpo", agent, optimizer) as phase:
+            for step in range(phase.step + 1, settings.steps + 1):
+                ...                                  # one update
+                phase.log(row, rollouts)             # or phase.complete(step)
+                phase.save_in_time()
+
+    `folder` may be None: then nothing is saved.
+    """
+
+    def __init__(self, folder: RunFolder | None, name: str, agent, optimizer):
+        self.folder, self.name, self.agent, self.optimizer = folder, name, agent, optimizer
+        state = folder.load(optimizer, name) if folder else FRESH
+        self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
+        self.saved = self.step or -1  # a phase of no steps is saved too
+        self.updates = optimizer.updates
+        self.rows, self.warned = [], set()
+        if name == "grpo":
+            self.rows = folder.rewind(state)
+            for n in range(len(self.rows) + 1):  # each warning comes once in a run
+                self.warned |= collapses(self.rows[:n])
+
+    def __enter__(self) -> Phase:
+        return self
+
+    def complete(self, step: int) -> None:
+        """Weights and files are those of this step: from here on it may be saved."""
+        self.step, self.updates = step, self.optimizer.updates
+
+    def log(self, row: dict[str, float], rollouts) -> None:
+        """Log a complete step. SystemExit if the updates of three steps in a row were not finite."""
+        folder, settings, step = self.folder, self.folder.settings, row["step"]
+        folder.log(row)
+        if (step - 1) % settings.samples_every == 0 or step == settings.steps:  # of the first prompt
+            rewards = rollouts.rewards[0].tolist()
+            by_reward = sorted(range(len(rewards)), key=rewards.__getitem__)
+            say(folder.write_samples("samples.txt", step, rollouts, (by_reward[-1], by_reward[0])))
+        if row["skipped"]:
+            folder.write_samples("skipped.txt", step, rollouts, range(len(rollouts.texts)))
+        if row.get("eval_ndcg", -1.0) > self.best:  # the first of equals
+            self.best, self.best_step = row["eval_ndcg"], step
+        self.complete(step)
+        self.rows.append(row)
+        for warning in sorted(collapses(self.rows) - self.warned):
+            say(f"step {step}: WARNING, a collapse? Compared with the earlier steps {warning}.")
+            self.warned.add(warning)
+        if [row["skipped"] for row in self.rows[-3:]] == [1, 1, 1]:
+            raise SystemExit(f"step {step}: the third update in a row that is not finite; lower --lr, or "
+                             "look at the rollouts in the run folder's skipped.txt")
+
+    def save_in_time(self, last: bool = False) -> None:
+        """Save every --save-every steps, at the best validation so far, and where this step is the `last`."""
+        if self.folder:
+            due = self.step % self.folder.settings.save_every == 0 or self.step == self.best_step
+            if due or last:
+                self.save()
+
+    def save(self) -> None:
+        """Save the last complete step."""
+        self.folder.save(self.agent, self.optimizer, self.name, self.step, self.best, self.best_step)
+        self.saved = self.step
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if not self.folder or self.saved >= self.step:
+                return
+            # In the middle of an update, some weights are new and others old. When one of several ranks
+            # stops, they cannot agree to save. After an OSError the disk may be full.
+            may_save = self.updates == self.optimizer.updates and world_size() == 1
+            if error is None:
+                self.save()
+            elif may_save and not isinstance(error, OSError):
+                self.save()
+                say(f"step {self.step} is saved; go on with --resume", file=sys.stderr)
+        finally:
+            self.optimizer.remove_hooks()
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a run has left something in this folder."""
+    begun = (path / "log.csv").exists() or (path / "saves").exists()
+    return begun and (path / "config.json").exists()
+
+
+def earlier_config(settings) -> dict:
+    """config.json of the run to resume; {} without --resume or a save. InputError if it is another run's."""
+    path = Path(settings.out)
+    if not settings.resume or not any(path.glob("saves/*-[0-9]*")):
+        return {}
+    try:
+        earlier = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--resume: {path}/config.json cannot be read ({error})") from None
+    if "group_size" not in earlier or (path / "latest").is_symlink():
+        raise InputError(f"--resume: {path} was begun by an earlier version of this code; begin a new run "
+                         "with another --out")
+    for name in FIXED:
+        if earlier.get(name) != getattr(settings, name, None):
+            flag = name.replace("_", "-")
+            raise InputError(f"--resume: {path} was begun with --{flag} {earlier.get(name)!r}")
+    return earlier
+
+
+def collapses(rows: list[dict[str, float]]) -> set[str]:
+    """Signs of a collapse, in words: the mean of the last three rows of the log against the earlier ones.
+
+    At least five earlier rows are needed. Healthy runs of the toy stay far from these bounds; 30 times its
+    learning rate crosses them.
+    """
+    rows = [row for row in rows if not row["skipped"]]
+    if len(rows) < 8:
+        return set()
+    before, now = {}, {}
+    for name in ("reward", "length", "entropy", "unchanged", "zero_std_groups"):
+        for means, part in ((before, rows[:-3]), (now, rows[-3:])):
+            known = [row[name] for row in part if not math.isnan(row[name])]  # a step may have no entropy
+            means[name] = statistics.fmean(known) if known else math.nan
+    found = {"the reward is lower by 0.15": now["reward"] < before["reward"] - 0.15,
+             "a quarter more of the orders is unchanged": now["unchanged"] > before["unchanged"] + 0.25,
+             "in half of the groups more all rewards are equal":
+                 now["zero_std_groups"] > before["zero_std_groups"] + 0.5}
+    for name in ("length", "entropy"):
+        found[f"the {name} is less than half"] = now[name] < before[name] / 2
+        found[f"the {name} is more than double"] = now[name] > before[name] * 2
+    return {what for what, is_so in found.items() if is_so}

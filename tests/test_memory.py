@@ -1,0 +1,197 @@
+"""The plan of memory against counting: updates of real shapes, run on tensors that have shapes but no memory,
+and the toy's, run for real. (tests/test_real_model.py: a real model's, as the system counts it.)"""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import grpo
+import model as model_module
+from grpo import TrainSettings
+from model import microbatches
+from support import memory
+from support.cli import InputError
+from support.memory import count_parameters, memory_rows, plan
+from support.optimizer import MasterAdamW
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied: Qwen2.5's
+    "0.5B": (896, 4864, 24, 14, 2, 151936, True), "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False)}
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of live storages, and the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.live, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.seen:
+                storage = x.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return out
+
+    def gone(self, key, size):
+        self.seen.discard(key)
+        self.live -= size
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """What a card's kernel keeps; a CPU build computes it in pieces, each of which it keeps."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
+@pytest.mark.parametrize("shape, checkpointing", [("0.5B", True), ("7B", False)])
+def test_the_plan_of_an_update_is_within_15_percent_of_its_counted_peak(monkeypatch, shape, checkpointing):
+    hidden, inner, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    config = Qwen2Config(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied)
+    monkeypatch.setattr(model_module, "rms_norm", lambda module, x: FusedRMSNorm.apply(x, module.weight))
+    P, T, G = 2200, 512, 16  # two micro-batches: the second finds the gradients of the first
+    settings = TrainSettings(beta=0.0, offload=True, checkpointing=checkpointing, group_size=G,
+                             max_num_seqs=G, microbatch_tokens=8 * T, prompt_batch_tokens=P,
+                             max_prompt_tokens=P, max_new_tokens=T)
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        optimizer = MasterAdamW.__new__(MasterAdamW)  # its sums of gradients alone: the rest is in the host
+        optimizer.grad_sums = {}
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(optimizer._accumulate)
+        with Peak() as peak:
+            for batch in microbatches(model, [[1] * P], [[1] * T] * G, microbatch_tokens=8 * T,
+                                      prompt_batch_tokens=P, checkpointing=checkpointing):
+                batch.logps.sum().backward()
+    table = memory_rows(config, count_parameters(config), settings, 2)
+    planned = sum(update for _, update, _ in table.values())
+    assert planned == pytest.approx(peak.peak, rel=0.15)
+
+
+def cpu_corrections(config, settings, layers):
+    """What a CPU needs beside the plan, which is a card's: it keeps each rms_norm's input and output, of the
+    layers that are not computed again, and its chunks of logits are smaller."""
+    tokens = settings.prompt_batch_tokens + settings.microbatch_tokens
+    logits = 10 * (min(2**27, settings.microbatch_tokens * config.vocab_size) - 2**23)
+    return 2 * config.hidden_size * 4 * tokens * layers - max(0, logits)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_plan_is_within_15_percent_of_what_the_toys_update_holds(toy, checkpointing):
+    """Counted by storages: of so small a model the process's peak says more about the C library's slack."""
+    P, T, G = 110, 64, 64
+    settings = TrainSettings(beta=0.0, checkpointing=checkpointing, group_size=G, max_num_seqs=G,
+                             microbatch_tokens=2048, prompt_batch_tokens=P, max_prompt_tokens=P,
+                             max_new_tokens=T)
+    config = toy.model.config
+    for _ in range(2):  # the first leaves gradients, as an earlier micro-batch does
+        with Peak() as peak:
+            for batch in microbatches(toy.model, [[1] * P], [[1] * T] * G, microbatch_tokens=2048,
+                                      prompt_batch_tokens=P, checkpointing=checkpointing):
+                batch.logps.sum().backward()
+    table = memory_rows(config, count_parameters(config), settings, 4)
+    planned = sum(update for what, (_, update, _) in table.items() if what != "masters and moments")
+    planned += cpu_corrections(config, settings, 1 if checkpointing else config.num_hidden_layers)
+    assert planned == pytest.approx(peak.peak, rel=0.15)
+
+
+# --- what is chosen
+
+SEVEN_B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064,
+           "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}
+
+
+@pytest.fixture(scope="module")
+def seven_b(tmp_path_factory) -> str:
+    """A folder with nothing but the config.json of a 7B."""
+    folder = tmp_path_factory.mktemp("7b")
+    Qwen2Config(**SEVEN_B, max_position_embeddings=32768).save_pretrained(folder)
+    return str(folder)
+
+
+def planned(capsys, folder: str, *more: str) -> str:
+    assert grpo.main(["--model", folder, "--plan", *more]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_7b_fits_one_80_gb_card_by_itself_and_a_larger_card_is_used(capsys, seven_b):
+    small, large = (planned(capsys, seven_b, "--memory", gib) for gib in ("79", "141"))
+    assert "--offload --checkpointing" in small and "--no-checkpointing" in large
+    host = float(re.search(r"together .* (\S+)", small).group(1))
+    assert 80 < host < 120  # of 128 GiB
+    assert "weights                      14.2     14.2" in small and "a save writes 99.3" in small
+
+
+@pytest.mark.parametrize("gib", ["24", "48"])
+def test_a_7b_fits_a_small_card_with_lora(capsys, seven_b, gib):
+    out = planned(capsys, seven_b, "--memory", gib, "--lora-rank", "16")
+    assert float(out.split("together")[1].split()[0]) < 0.95 * float(gib) and "--no-offload" in out
+    assert "gradients in float32          0.0      0.2" in out  # 40 million weights
+    assert "weights                      14.3     14.3" in out  # and they themselves
+
+
+def test_the_plan_of_eight_cards_splits_what_the_optimizer_holds(capsys, seven_b):
+    out = planned(capsys, seven_b, "--memory", "79", "--gpus", "8", "--beta", "0")
+    assert "masters and moments          10.6     10.6" in out
+    assert "gradients in float32          0.0     28.4" in out
+    assert "79 GiB on each of 8 cards are free" in out and "--no-offload" in out
+    assert TrainSettings().gpus == 0  # what torchrun has started
+
+
+def test_flags_set_by_hand_are_obeyed_and_what_cannot_fit_is_refused_with_what_would(capsys, seven_b):
+    by_hand = planned(capsys, seven_b, "--memory", "141", "--offload", "--checkpointing", "--max-num-seqs",
+                      "48")
+    assert "--offload --checkpointing" in by_hand and "--max-num-seqs 48" in by_hand
+    with pytest.raises(InputError, match="training needs at least .* GiB on the card .* --beta 0"):
+        grpo.main(["--model", seven_b, "--plan", "--memory", "40"])
+    with pytest.raises(InputError, match="training needs"):
+        grpo.main(["--model", seven_b, "--plan", "--memory", "79", "--no-offload"])
+
+
+def test_processes_on_a_cpu_share_its_memory(toy, monkeypatch):
+    """What fits twice into a card's memory does not fit twice into the machine's."""
+    config = toy.model.config
+    settings = TrainSettings(max_new_tokens=8, max_num_seqs=32, microbatch_tokens=64, prompt_batch_tokens=512,
+                             max_prompt_tokens=504, checkpointing=False)
+    table = memory_rows(config, count_parameters(config), settings, 4)
+    one = max(sum(row[0] for row in table.values()), sum(row[1] for row in table.values()))
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1.5 * one / 0.95)
+    plan(config, settings, torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="memory for 2 processes"):
+        plan(config, settings, torch.device("cpu"))
+
+
+# --- the peak
+
+
+def test_the_scripts_start_where_there_is_no_resource_module():
+    """Windows has none; nothing runs on import anywhere."""
+    code = ("import sys; sys.modules['resource'] = None; import grpo, toy, torch; "
+            "print(grpo.peak_mib(torch.device('cpu')))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "0.0\n"
