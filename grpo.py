@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import toy
 from data import judged_labels, read_candidates, read_qrels, training_instances
-from model import (Agent, Completion, load_agent, load_config, microbatches, padded, pick_device, sample,
-                   token_mask)
+from model import (Agent, Completion, answer_losses, load_agent, load_config, microbatches, padded,
+                   pick_device, sample, token_mask)
 from prompts import PROMPTS, answer_start, encode_prompt, fit_context, fit_prompt
 from rearank import Reranker
 from reward import Score, ndcg, parse_ranking, score_response
@@ -376,12 +376,13 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
         for step in (bar := progress(phase.step, steps, title)):
             prompts, answers = zip(*next(batches))
             tokens, loss = sum(map(len, answers)), 0.0
-            for batch in microbatches(agent.model, prompts, answers, my_share(len(prompts)), 1.0,
-                                      settings.microbatch_tokens, settings.prompt_batch_tokens,
-                                      settings.checkpointing):
-                part = -batch.logps.sum() / tokens
-                part.backward()
-                loss += part.item()
+            mine = my_share(len(prompts))
+            mine = slice(mine.start, mine.stop)
+            losses = answer_losses(agent.model, prompts[mine], answers[mine], settings.prompt_batch_tokens,
+                                   settings.checkpointing)
+            for total in losses:
+                (total / tokens).backward()
+                loss += total.item() / tokens
             loss = sum(gather([loss]))
             rate = learning_rate(step, steps, lr, steps // 20, decay=True)
             norm = optimizer.step(rate, settings.grad_clip, skip=not math.isfinite(loss))
@@ -478,6 +479,7 @@ class TrainSettings:
     keep: int = setting(2, "How many saves are kept, of the supervised steps and of GRPO.", minimum=1)
 
     teacher_graded: float = setting(0.25, "Share of teacher's orders that use its grades.", group="toy run")
+    control: bool = setting(False, "Also train the warm start twice as long, to compare with GRPO.")
     eval_queries: int = setting(200, "Held-out queries in the closing table.", minimum=4)
     eval_seed: int = setting(2505, "Seed of the held-out queries.")
 
@@ -497,11 +499,12 @@ def toy_run(settings: TrainSettings) -> int:
     lessons = toy.toy_lessons(agent, settings)
     supervised(agent, lessons, steps, lr, settings, "warm start", folder, "warm_start")
     exam.evaluate("warm_start", agent)
-    doubled = Agent(copy.deepcopy(agent.model), agent.tokenizer, agent.stop_ids)
-    others = dataclasses.replace(settings, seed=settings.seed + 10**6)
-    lessons = toy.toy_lessons(doubled, others, curriculum=False)
-    supervised(doubled, lessons, steps, lr, settings, "control: the warm start again")
-    exam.evaluate("warm_start_doubled", doubled, ["window"])
+    if settings.control:
+        doubled = Agent(copy.deepcopy(agent.model), agent.tokenizer, agent.stop_ids)
+        others = dataclasses.replace(settings, seed=settings.seed + 10**6)
+        lessons = toy.toy_lessons(doubled, others, curriculum=False)
+        supervised(doubled, lessons, steps, lr, settings, "control: the warm start again")
+        exam.evaluate("warm_start_doubled", doubled, ["window"])
     instances, held_out = toy.toy_data(settings)
     if settings.lora_rank:
         add_lora(agent.model, settings.lora_rank, settings.seed)
@@ -577,7 +580,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = command_line(TrainSettings, argv, __doc__, defaults=toy.TOY if is_toy else None)
     no_effect = (
         (is_toy, "data qrels eval_data eval_qrels plan memory gpus prompt", "needs --model"),
-        (not is_toy, "teacher_graded eval_queries eval_seed", "belongs to the toy run, without --model"),
+        (not is_toy, "teacher_graded control eval_queries eval_seed", "belongs to the toy run (no --model)"),
         (not is_toy and not settings.eval_data, "eval_qrels eval_every", "has no effect without --eval-data"),
         (not settings.plan, "memory gpus", "has no effect without --plan"),
         (not settings.sft_steps, "sft_lr", "has no effect without --sft-steps"))

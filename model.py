@@ -122,6 +122,16 @@ class EncodedPrompts:
         return torch.tensor(self.sizes)
 
 
+def causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
+                     mask: Tensor | None = None) -> Tensor:
+    """An `Attend`: each token attends to itself and to earlier tokens, or to what `mask` allows."""
+    share = query.shape[1] // key.shape[1]
+    if share > 1 and query.dtype == torch.float32:  # a GPU has no float32 kernel for shared heads
+        key, value, share = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1), 1
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling,
+                                          enable_gqa=share > 1)
+
+
 def encode_prompts(model, prompts: Sequence[Sequence[int]], checkpointing: bool = False) -> EncodedPrompts:
     """One forward pass over S prompts. Their right padding is harmless: no real token looks to its right."""
     ids = padded(prompts, model.device)  # [S, P]
@@ -134,11 +144,7 @@ def encode_prompts(model, prompts: Sequence[Sequence[int]], checkpointing: bool 
         values.setdefault(layer, value)
         last = query.shape[2] < key.shape[2]  # only a prompt's last token asks: it sees the whole prompt
         mask = token_mask(lengths, key.shape[2])[:, None, None] if last else None
-        share = query.shape[1] // key.shape[1]
-        if share > 1 and query.dtype == torch.float32:  # a GPU has no float32 kernel for shared heads
-            key, value, share = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1), 1
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=not last, scale=scaling,
-                                              enable_gqa=share > 1)
+        return causal_attention(layer, query, key, value, scaling, mask)
 
     hidden = forward(model, ids, positions[None], attend, lengths - 1, checkpointing)
     return EncodedPrompts(list(keys.values()), list(values.values()), sizes, hidden[:, 0])
@@ -501,8 +507,7 @@ def answer_logps(model, prompts: EncodedPrompts, prompt_index: Sequence[int],
     """Log-probabilities of R answers given their prompts, by a forward pass over the answers alone.
 
     `prompt_index` [R], ascending: which of the S encoded prompts each answer belongs to. Returns logps and
-    entropy [R, T] (0 at padding) and lengths [R]. Logits [R, T, V] never exist: the LM head is applied to
-    `chunk` answer tokens at a time, and a chunk's logits are computed again in the backward pass.
+    entropy [R, T] (0 at padding) and lengths [R]. Logits [R, T, V] never exist: see `token_logps`.
     """
     ids = padded(answers, model.device)  # [R, T]
     (R, T), device = ids.shape, ids.device
@@ -522,16 +527,26 @@ def answer_logps(model, prompts: EncodedPrompts, prompt_index: Sequence[int],
     places = [r * T + t for r, answer in enumerate(answers) for t in range(len(answer))]  # where tokens are
     place = torch.tensor(places, device=device)  # [N]
     hidden, targets = hidden.flatten(0, 1)[place], ids.flatten()[place]  # [N, hidden], [N]
-    elements = 2**23 if device.type == "cpu" else 2**27  # of logits: 32 MiB, 512 MiB
+    logps, entropy = (torch.zeros(R * T, device=device).index_copy(0, place, piece).view(R, T)
+                      for piece in token_logps(model, hidden, targets, temperature, chunk))
+    return logps, entropy, torch.tensor([len(a) for a in answers], device=device)
+
+
+def token_logps(model, hidden: Tensor, targets: Tensor, temperature: float = 1.0,
+                chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `targets` [N] given the hidden states [N, hidden] before them, and entropies.
+
+    The LM head is applied to `chunk` tokens at a time, and a chunk's logits are computed again in the
+    backward pass. Returns [N] both.
+    """
+    elements = 2**23 if hidden.device.type == "cpu" else 2**27  # of logits: 32 MiB, 512 MiB
     chunk = chunk or max(1, elements // model.lm_head.weight.shape[0])
     project = project_logps
-    if len(places) > chunk and torch.is_grad_enabled():
+    if len(targets) > chunk and torch.is_grad_enabled():
         project = functools.partial(checkpoint, project_logps, use_reentrant=False)
     pieces = zip(hidden.split(chunk), targets.split(chunk))
-    pieces = [project(h, model.lm_head, t, temperature) for h, t in pieces]
-    logps, entropy = (torch.zeros(R * T, device=device).index_copy(0, place, torch.cat(piece)).view(R, T)
-                      for piece in zip(*pieces))
-    return logps, entropy, torch.tensor([len(a) for a in answers], device=device)
+    logps, entropy = zip(*(project(h, model.lm_head, t, temperature) for h, t in pieces))
+    return torch.cat(logps), torch.cat(entropy)
 
 
 def project_logps(hidden: Tensor, head, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -543,6 +558,25 @@ def project_logps(hidden: Tensor, head, targets: Tensor, temperature: float) -> 
         probs = (logits - normaliser[:, None]).exp_()
         entropy = normaliser - (probs * logits).sum(-1)
     return logps, entropy
+
+
+def answer_losses(model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+                  max_tokens: int = 8192, checkpointing: bool = False) -> Iterator[Tensor]:
+    """Supervised learning: the cross-entropy of each prompt's one answer, summed over a micro-batch's tokens.
+
+    Nothing is shared here, so prompt and answer are one row, padded on the right. At most `max_tokens` padded
+    tokens (at least one row) go through the model together. Send each sum backward before asking for the
+    next. The LM head is applied only to the hidden states that predict an answer's token.
+    """
+    rows = sorted(zip(prompts, answers), key=lambda pair: -len(pair[0]) - len(pair[1]))  # little padding
+    texts = [[*prompt, *answer] for prompt, answer in rows]
+    for chunk in chunks(texts, max_tokens):
+        ids = padded(texts[chunk], model.device)  # [R, P + T]
+        is_answer = padded([[0] * len(p) + [1] * len(a) for p, a in rows[chunk]], model.device).bool()
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        hidden = forward(model, ids, positions, causal_attention, None, checkpointing)
+        before = hidden[:, :-1][is_answer[:, 1:]]  # the hidden state at a token predicts the next token
+        yield -token_logps(model, before, ids[is_answer])[0].sum()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ from reward import Score, ndcg, parse_ranking, score_response
 from support.cli import command_line, run_main, setting
 from support.files import atomic_write
 from support.run_folder import RunFolder
-from toy import TOY, toy_agent, toy_answer, toy_lessons, toy_task, toy_trace_statistics
+from toy import (EASY_SHARE, LESSON_PASSAGES, TOY, toy_agent, toy_answer, toy_lessons, toy_task,
+                 toy_trace_statistics)
 
 ARMS = {  # name: what differs from the arm "full"
     "full": {}, "reward: absolute": {"reward": "absolute"}, "reward: difference": {"reward": "difference"},
@@ -69,7 +70,7 @@ class Settings:
     seeds: list[int] = setting(lambda: [0, 1, 2], "Seeds of warm start, pool and sampling.", nargs="+",
                                type=int)
     steps: int = setting(60, "GRPO steps of an arm.", minimum=1)
-    sft_steps: int = setting(850, "Steps of the warm start.", minimum=0)
+    sft_steps: int = setting(2600, "Steps of the warm start.", minimum=0)
     queries: int = setting(20, "Training queries.", minimum=1)
     eval_queries: int = setting(200, "Held-out queries.", minimum=8)
     workers: int = setting(2, "Processes, of one thread each.", minimum=1)
@@ -94,13 +95,13 @@ def silent_lessons(agent: Agent, options: TrainSettings) -> Iterator[list[tuple[
     """`toy_lessons` with empty think blocks, and as many more windows as makes the answer tokens equal."""
     rng, tokenizer = random.Random(f"silent {options.seed}"), agent.tokenizer
     for step in itertools.count():
-        size = 3 if step < 0.4 * options.sft_steps else options.window
+        size = 3 if step < EASY_SHARE * options.sft_steps else options.window
         batch, tokens, wanted = [], 0, None
-        for c in toy_task(4 * 384 // size, size, seed=rng.randrange(2**40))[0]:
+        for c in toy_task(4 * LESSON_PASSAGES // size, size, seed=rng.randrange(2**40))[0]:
             spoken = toy_answer(c.query, c.texts, rng.random() < options.teacher_graded)
             silent = re.sub("<think>.*</think>", "<think> </think>", spoken)
             ids = tokenizer(silent)["input_ids"] + [agent.stop_ids[0]]
-            wanted = wanted or 384 // size * len(tokenizer(spoken)["input_ids"])
+            wanted = wanted or LESSON_PASSAGES // size * len(tokenizer(spoken)["input_ids"])
             batch.append((encode_prompt(tokenizer, c.query, c.texts, options.prompt), ids))
             if (tokens := tokens + len(ids)) >= wanted:
                 break
@@ -357,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the experiments, write the CSVs, print the table."""
     settings = command_line(Settings, argv, __doc__)
     if settings.quick:
-        settings = dataclasses.replace(settings, steps=25, sft_steps=400, eval_queries=100)
+        settings = dataclasses.replace(settings, steps=25, sft_steps=1200, eval_queries=100)
     folder = Path(settings.results)
     folder.mkdir(parents=True, exist_ok=True)
     logs, values = run_jobs(settings, list(FAILURES if settings.failures else ARMS))

@@ -53,7 +53,7 @@ class Settings:
     prompts_per_step: int = setting(16, "Prompts in a step.", minimum=1)
     group_size: int = setting(16, "Rollouts for each prompt.", minimum=2)
     lr: float = setting(5e-4, "Learning rate, constant.")
-    sft_steps: int = setting(700, "Supervised steps of the warm start.", minimum=0)
+    sft_steps: int = setting(2200, "Supervised steps of the warm start.", minimum=0)
     threads: int = setting(1, "Threads for torch.")
     csv: str = setting(
         str(Path(__file__).with_name("learning_curves.csv")), "The curves; the plot goes beside it."

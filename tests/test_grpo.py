@@ -340,14 +340,13 @@ def test_three_bad_gradients_in_a_row_stop_the_run_also_across_a_resume(toy, tmp
 
 
 def test_a_supervised_step_that_is_not_finite_is_skipped_and_the_third_stops_the_run(toy, monkeypatch):
-    answer, honest, bad = ([5, 6], [7, 1]), grpo.microbatches, iter([True, False, True, True, False])
+    answer, honest, bad = ([5, 6], [7, 1]), grpo.answer_losses, iter([True, False, True, True, False])
 
     def poisoned(*arguments, **options):
-        for batch in honest(*arguments, **options):
-            batch.logps = batch.logps * (float("nan") if next(bad) else 1.0)
-            yield batch
+        for total in honest(*arguments, **options):
+            yield total * (float("nan") if next(bad) else 1.0)
 
-    monkeypatch.setattr(grpo, "microbatches", poisoned)
+    monkeypatch.setattr(grpo, "answer_losses", poisoned)
     settings = grpo.TrainSettings(microbatch_tokens=64, checkpointing=False)
     grpo.supervised(toy, iter([[answer]] * 5), 5, 1e-3, settings)
     assert all(p.isfinite().all() for p in toy.model.parameters())

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 from grpo import grpo_loss
-from model import (Agent, Completion, DecodeBatch, SharedAttention, attend_part, check_architecture, chunks,
+from model import (Agent, Completion, DecodeBatch, SharedAttention, answer_losses, attend_part,
+                   check_architecture, chunks,
                    encode_prompts, load_agent, microbatches, pick_device, pick_tokens, project_logps,
                    read_tokens, sample)
 from prompts import encode_prompt
@@ -317,6 +318,30 @@ def test_projecting_in_chunks_changes_no_gradient(model, monkeypatch):
     plain, whole = shared_gradients(model, *problem()), model_module.answer_logps
     monkeypatch.setattr(model_module, "answer_logps", lambda *arguments: whole(*arguments, chunk=3))
     assert relative_error(shared_gradients(model, *problem()), plain) <= 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 1}, {"max_tokens": 60},
+                                     {"max_tokens": 60, "checkpointing": True}])
+def test_supervised_losses_and_gradients_are_those_of_a_plain_forward_pass(model, options):
+    """One answer per prompt: cross-entropy on the answers' tokens, the end token's included."""
+    prompts, answers = random_prompts(14, 30, 8), random_prompts(3, 9, 1, seed=1)
+    other, total = copy.deepcopy(model), 0.0
+    for loss in answer_losses(model, prompts, answers, **options):
+        loss.backward()
+        total += loss.item()
+    wanted = -sum(full_logps(other, p, a).sum() for p, a in zip(prompts, answers))
+    wanted.backward()
+    assert total == pytest.approx(wanted.item(), rel=1e-5)
+    assert relative_error([p.grad for p in model.parameters()], [p.grad for p in other.parameters()]) < 1e-5
+
+
+def test_a_supervised_micro_batch_has_no_more_tokens_than_it_may(model, monkeypatch):
+    seen, honest = [], model_module.forward
+    monkeypatch.setattr(model_module, "forward", lambda model, ids, *rest: seen.append(ids.numel()) or honest(
+        model, ids, *rest))
+    prompts, answers = random_prompts(14, 30, 8, 12), random_prompts(3, 9, 1, 6, seed=1)
+    list(answer_losses(model, prompts, answers, max_tokens=50))
+    assert len(seen) == 3 and max(seen) <= 50
 
 
 def test_only_the_groups_asked_for_are_visited_and_rows_keep_their_numbers(model):

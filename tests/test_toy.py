@@ -12,7 +12,9 @@ from eval import evaluate
 from grpo import Rollouts
 from model import Completion, load_agent
 from support.files import Instance, read_qrels, read_run
-from toy import toy_answer, toy_combinations, toy_keywords, toy_lessons, toy_task, toy_trace_statistics
+from prompts import encode_prompt
+from toy import (toy_answer, toy_combinations, toy_keywords, toy_lessons, toy_prompt, toy_task,
+                 toy_trace_statistics)
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import plot_toy
@@ -42,10 +44,17 @@ def test_the_tokenizer_writes_and_reads_the_teachers_text(toy):
     assert toy.tokenizer.decode(toy.tokenizer(text)["input_ids"]) == text
 
 
+def test_the_lessons_prompts_are_those_that_the_reranker_will_use(toy):
+    texts = ["oak leaf forest oak", "storm leaf oak forest"]
+    ids = toy.tokenizer(toy_prompt("rain bread coin", texts))["input_ids"]
+    assert ids == encode_prompt(toy.tokenizer, "rain bread coin", texts, "toy")
+    assert next(toy_lessons(toy, toy_settings()))[0][1][-1] == toy.stop_ids[0]  # an answer is ended
+
+
 def test_lessons_begin_with_short_windows_and_the_share_of_graded_orders_is_as_set(toy):
-    settings = toy_settings(sft_steps=5, teacher_graded=1.0)
-    sizes = [len(batch) for batch, _ in zip(toy_lessons(toy, settings), range(4))]
-    assert sizes == [128, 128, 64, 64]  # 384 passages each, 3 a window for 40 % of the steps, then 6
+    settings = toy_settings(sft_steps=11, teacher_graded=1.0)
+    sizes = [len(batch) for batch, _ in zip(toy_lessons(toy, settings), range(5))]
+    assert sizes == [32, 32, 16, 16, 16]  # 96 passages each, 3 per window for 15 % of the steps, then 6
     graded, vague = (next(toy_lessons(toy, toy_settings(teacher_graded=share), curriculum=False))
                      for share in (1.0, 0.0))
     assert [prompt for prompt, _ in graded] == [prompt for prompt, _ in vague]
@@ -66,7 +75,7 @@ def test_the_toy_run_goes_from_data_to_tables_of_its_own_trec_files(tmp_path, ca
     few = {"sft-steps": 2, "steps": 2, "prompts-per-step": 2, "group-size": 4, "max-new-tokens": 6,
            "eval-queries": 8}
     options = [part for name, value in few.items() for part in (f"--{name}", str(value))]
-    assert grpo.main(["--out", str(out), "--device", "cpu", *options]) == 0
+    assert grpo.main(["--out", str(out), "--device", "cpu", "--control", *options]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == {
         "seed", "seconds", "queries", "first_stage", "warm_start", "warm_start_doubled", "grpo",
