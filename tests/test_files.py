@@ -314,6 +314,7 @@ def test_every_shape_reads_as_the_same_candidates_whatever_the_name(tmp_path, co
         ({"segment": "s", "title": None}, "s"),
         ({"body": "b", "url": "u"}, "b"),
         ({"contents": ""}, ""),
+        ({"contents": "", "title": "T"}, "T"),
         ({"contents": "", "text": "t"}, "t"),
         ({"contents": None, "title": "T", "body": "b"}, "T b"),
         ("a plain string", "a plain string"),
@@ -459,6 +460,9 @@ def test_errors_name_the_line_of_jsonl_and_the_record_of_json(tmp_path):
         read_candidates(path)
     path.write_text("[" + json.dumps(other) + "," + spoiled(score=None) + "]")
     with pytest.raises(InputError, match=r"lists: record 2, passage 2: "):
+        read_candidates(path)
+    path.write_text("\n[\n\n]\n" + json.dumps([other], indent=1) + "\n" + spoiled(score=None))
+    with pytest.raises(InputError, match=rf"lists:{path.read_text().count(chr(10)) + 1}, passage 2: "):
         read_candidates(path)
     path.write_bytes(b"{}\n\n\xff")
     with pytest.raises(InputError, match=r"lists:3: expected UTF-8 text, found the byte 0xff"):
@@ -646,19 +650,20 @@ def test_a_pipe_is_written_to_directly(tmp_path):
     assert len([*tmp_path.iterdir()]) == 2
 
 
-@pytest.mark.parametrize("name", ["/dev/fd/1", "log"])  # no slip of ours can replace what is in /dev/fd
-def test_our_own_output_is_written_to_in_its_order_even_where_it_is_a_file(tmp_path, name):
-    code = """if True:
+@pytest.mark.parametrize("name, stream", [("/dev/fd/1", "stdout"), ("log", "stdout"), ("log", "stderr")])
+def test_our_own_output_is_written_to_in_its_order_even_where_it_is_a_file(tmp_path, name, stream):
+    """No slip of ours can replace what is in /dev/fd, but the file `log` itself could be replaced."""
+    code = f"""if True:
         import sys
         from support.files import atomic_write
-        print("before")
+        print("before", file=sys.{stream})
         with atomic_write(sys.argv[1]) as file:
             file.write("within\\n")
-        print("after")"""
+        print("after", file=sys.{stream})"""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     command = [sys.executable, "-c", code, name]
     with open(tmp_path / "log", "w") as log:
-        subprocess.run(command, cwd=tmp_path, env=environment, stdout=log, check=True)
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, **{stream: log})
     assert (tmp_path / "log").read_text() == "before\nwithin\nafter\n"
     if name == "/dev/fd/1":
         piped = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)

@@ -1,7 +1,6 @@
 """The plan of memory against counting: updates of real shapes, run on tensors that have shapes but no memory,
 and the toy's, run for real. (tests/test_real_model.py: a real model's, as the system counts it.)"""
 
-import dataclasses
 import re
 import subprocess
 import sys

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 import grpo
 import rearank
 from model import Completion
-from prompts import as_content, build_messages, encode_prompt, render_chat
+from prompts import as_content, build_messages, encode_prompt, fit_prompt, render_chat
 from rearank import Reranker
 from reward import score_response
 from support.checkpoint import load_tokenizer
@@ -70,6 +70,13 @@ def test_the_rankgpt_prompt_asks_for_no_reasoning_and_cuts_at_300_characters():
         "The most relevant passages should be listed first. "
         "The output format should be [] > [], e.g., [1] > [2]. "
         "Only response the ranking results, do not say any word or explain.")
+
+
+def test_white_space_is_collapsed_before_a_passage_is_shortened_and_a_query_fills_in_nothing():
+    messages = build_messages("{num} {i} {query} {}", ["a" + " \n" * 500 + "b"], passage_chars=3)
+    assert messages[3]["content"] == "[1] a b"
+    assert messages[-1]["content"].startswith("Please rank these passages according to their relevance to "
+                                              'the search query: "{num} {i} {query} {}"')
 
 
 def test_the_prompt_is_never_guessed():
@@ -231,6 +238,17 @@ def test_a_long_query_is_cut_so_that_the_prompt_fits(toy):
     assert len(ids) <= 200
     with pytest.raises(InputError, match="smaller window"):
         encode_prompt(toy.tokenizer, "rain", ["bread"] * 100, "rearank", max_tokens=50)
+
+
+def test_passages_are_never_shortened_to_more_characters_than_were_asked_for(toy):
+    for chars in (60, 250, 1000):
+        for query in ("rain", "rain " * 999 + "rain"):
+            passages = ["bread " * 500] * 10
+            ids, shortened = fit_prompt(toy.tokenizer, query, passages, "toy", 500, passage_chars=chars)
+            assert len(ids) <= 500 and shortened.passage_chars <= chars
+            shown = max(part.count("bread") for part in toy.tokenizer.decode(ids).split("["))
+            assert shown == (shortened.passage_chars + 1) // 6
+            assert shortened.query_chars_removed == max(0, len(query) - (5 * (500 // 4) - 1))
 
 
 def test_prompt_and_answer_fit_into_the_models_positions(toy, capsys):

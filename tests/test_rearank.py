@@ -188,11 +188,20 @@ def test_without_thinking_the_model_continues_an_empty_think_block(monkeypatch, 
 def test_several_answers_are_fused_by_reciprocal_ranks(toy):
     assert fuse([[2, 0, 1], [2, 1, 0], [0, 2, 1]], 3) == [2, 0, 1]
     assert fuse([], 3) == [0, 1, 2] and fuse([[1, 0]], 2) == [1, 0]
+    assert fuse([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0]], 3) == [0, 1, 2]  # a tie, but for rounding
     reranker = Reranker(toy, "toy", temperature=1.0, samples=3, max_new_tokens=20)
     window = reranker.rank("rain bread", ["oak", "storm"]).windows[0]
     assert len({text for text, *_ in window.samples}) == 3 and window.response == window.samples[0][0]
     with pytest.raises(ValueError, match="temperature above 0"):
         Reranker(toy, "toy", samples=3)
+
+
+def test_of_several_answers_one_that_hit_the_limit_is_noticed(toy, monkeypatch):
+    ids = toy.tokenizer("<answer> [2] > [1] </answer>")["input_ids"]
+    both = [Completion([*ids, 1], True), Completion(ids, False)]
+    monkeypatch.setattr(rearank, "sample", lambda *_, **__: [both])
+    [window] = Reranker(toy, "toy", temperature=1.0, samples=2).rank("rain", ["a", "b"]).windows
+    assert not window.finished and window.tokens == 2 * len(ids) + 1
 
 
 def test_memory_that_runs_out_is_one_line(toy, monkeypatch):
@@ -598,6 +607,8 @@ def test_lines_of_text_are_ranked_and_printed_with_what_is_said_of_them(toy, tmp
     assert "  1. [3] the rain\n     [2] says rain.\n" in capsys.readouterr().out
     rearank.main([*command, "--format", "json"])
     assert [row["line"] for row in json.loads(capsys.readouterr().out)] == [3, 1]
+    rearank.main([*command, "--top-k", "1", "--format", "json"])  # the lines behind the first are kept
+    assert [row["line"] for row in json.loads(capsys.readouterr().out)] == [1, 3]
     for missing, word in ((["--query", "q"], "DOCUMENTS"), (["--input", "x"], "--output"), ([], "--input")):
         with pytest.raises(InputError, match=word):
             rearank.main(["--model", "m", *missing])

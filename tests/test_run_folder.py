@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments, one_window, quick
-from safetensors.torch import load_file
+from conftest import one_window, quick
 
 import grpo
 from grpo import train
