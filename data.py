@@ -230,8 +230,8 @@ class DataSettings:
     size: int = setting(20, "passages of a draw")
     order: str = setting("retrieval", "order of a draw's passages (the paper's text: shuffled)",
                          choices=("retrieval", "shuffled"))
-    keep: str = setting("initial", "whose NDCG@10 must reach --min-ndcg: the draw's own, its best "
-                        "order's, nobody's", choices=("initial", "best", "all"))
+    keep: str = setting("initial", "what must reach --min-ndcg; initial: the draw's NDCG@10; best: its "
+                        "ideal order's; all: nothing", choices=("initial", "best", "all"))
     min_ndcg: float = setting(0.1, "least NDCG@10 of a draw")
     seed: int = setting(0, "seed of the draws")
     exclude_queries: str = setting("", "a file of held-out queries, ids first (qrels, runs, topics)")

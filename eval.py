@@ -35,9 +35,7 @@ from support.files import UTF8, read_qrels, read_run, read_trec
 @dataclasses.dataclass
 class Judged:
     """A run as the measures see it: Q queries, m retrieved documents with a judgement, p judgements in all.
-
-    Documents without a judgement need no rows: they only push others down. Labels below 0 are left out.
-    """
+    Documents without a judgement need no rows: they only push others down. Labels below 0 are left out."""
 
     qids: list[bytes]        # (Q) evaluated queries, in byte order
     num_ret: np.ndarray      # (Q,) documents retrieved
@@ -50,10 +48,9 @@ class Judged:
 
 
 def judge(qrels: dict[bytes, dict[bytes, int]], run: dict[bytes, dict[bytes, float]], level: int) -> Judged:
-    """Rank the run and look up its labels, for the queries that both have.
+    """Rank {qid: {docid: score}} and look up {qid: {docid: label}}, for the queries that both have.
 
-    qrels {qid: {docid: label}}, run {qid: {docid: score}}. Documents are ordered as in trec_eval: by falling
-    score, equal scores by falling docid (as bytes). Labels of at least `level` count as relevant.
+    Documents are ordered as in trec_eval: by falling score, equal scores by falling docid (as bytes).
     """
     qids, found, pool = sorted(qrels.keys() & run.keys()), [], []  # (query, rank, label) and (query, label)
     for number, qid in enumerate(qids):
@@ -168,8 +165,7 @@ def did_you_mean(name: str) -> str:
 def parse_measures(names: Sequence[str], merge: bool = True) -> dict[str, list[int]]:
     """{measure: its cutoffs, rising} in trec_eval's order, from names like "ndcg_cut.5,10".
 
-    If a measure is given several lists of cutoffs, trec_eval uses the first; `merge` unites them. InputError
-    for an unknown measure.
+    Of several lists of cutoffs for a measure trec_eval uses the first; `merge` unites them. InputError.
     """
     lists: dict[str, list[list[int]]] = {}
     for name in names:
@@ -226,10 +222,9 @@ def evaluate(qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]],
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 10_000,
                        level: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high): the mean over queries and its bootstrap interval. ValueError without values.
+    """(mean, low, high): the mean and its bootstrap interval. ValueError without values.
 
-    The interval holds a share `level` of the means of samples that are drawn from the queries with
-    replacement (Efron's percentile method).
+    A share `level` of the samples drawn from the values with replacement has its mean there (Efron).
     """
     values = np.asarray(values, float)
     if not len(values):
@@ -289,9 +284,7 @@ class EvalSettings:
 def evaluate_file(qrels: dict[bytes, dict[bytes, int]], path: str, measures: dict[str, list[int]],
                   settings: EvalSettings) -> dict:
     """{"run": path, "queries": {qid: {name: value}} in byte order, "totals": the "all" lines' values}.
-
-    InputError if the run has no query in common with the judgements.
-    """
+    InputError if the run has no query in common with the judgements."""
     judged = judge(qrels, read_trec(path, "run"), settings.level)
     if not judged.qids:
         raise InputError(f"{path}: no query in common with {settings.judgements}")
@@ -325,9 +318,7 @@ def progress(items, name: str):
 
 def compare(results: list[dict], judged: list[str], settings: EvalSettings) -> list[dict]:
     """One dict per run: totals, or means with 95 % intervals and the paired difference from the first run.
-
-    Differences are over the queries of both runs; with -c, over all queries of the judgements, `judged`.
-    """
+    Differences are over the queries of both runs; with -c, over all queries of the judgements, `judged`."""
     def column(queries, name, qids):
         return np.array([queries[qid][name] if qid in queries else 0.0 for qid in qids])
 
@@ -378,10 +369,7 @@ def table_lines(rows: list[dict]) -> str:
 
 
 def bright_table(settings: EvalSettings) -> None:
-    """Print NDCG@10 x 100 of each BRIGHT split and their unweighted mean. Queries without results count 0.
-
-    Excluded documents leave the runs, never the judgements (paper section 4).
-    """
+    """Print NDCG@10 x 100 of each BRIGHT split, 0 for queries without results, and their unweighted mean."""
     means, folder = [], settings.qrels or cache_folder() / "bright"
     for split in BRIGHT_SPLITS:
         if not (path := bright_file(settings.bright, split, "run", needed=False)):
@@ -417,6 +405,11 @@ def main(argv: list[str] | None = None) -> None:
     if len(results) == 1 and not settings.json:
         sys.stdout.write(trec_lines(results[0], settings.queries))
         return
+    for result in results:
+        missing = len(qrels) - len(result["queries"])
+        if missing and not settings.complete:
+            print(f"{result['run']} lacks {missing} of {len(qrels)} judged queries; -c counts them as 0",
+                  file=sys.stderr)
     rows = compare(results, [qid.decode(*UTF8) for qid in sorted(qrels)], settings)
     table = json.dumps({"qrels": settings.judgements, "runs": rows}, indent=1) + "\n"
     sys.stdout.write(table if settings.json else table_lines(rows))

@@ -104,7 +104,7 @@ class Rollouts:
     scores: list[Score]
     prompts_shortened: float  # share of the prompts that had to be shortened to fit
     seconds: float
-    finite: bool = True  # whether all log-probabilities of the sampler are
+    sampler_logps_finite: bool = True
     rewards: Tensor | None = None  # [B, G]
 
 
@@ -132,7 +132,7 @@ def grpo_step(agent: Agent, reference, optimizer: MasterAdamW, instances: list[I
         metrics.add(batch, value)
     # Step: clip the gradient, then AdamW.
     row = metrics.means(reference is not None)
-    finite = rollouts.finite and math.isfinite(row["loss"])
+    finite = rollouts.sampler_logps_finite and math.isfinite(row["loss"])
     row["grad_norm"] = 0.0
     if metrics.tokens:  # else the rewards of every group were equal, and there is nothing to learn
         row["grad_norm"] = optimizer.step(lr, settings.grad_clip, skip=not finite)
@@ -151,9 +151,11 @@ def sample_rollouts(agent: Agent, instances: list[Instance], settings: TrainSett
     mine = my_share(len(prompts))
     with tqdm(total=len(mine) * G, desc=f"step {step} sampling", unit="answer", leave=False,
               disable=distributed.rank() > 0) as bar:
-        groups = sample(agent.model, prompts[mine.start:mine.stop], G, settings.max_new_tokens,
-                        settings.temperature, agent.stop_ids, settings.seed * 1_000_003 + step,
-                        settings.max_num_seqs, bar.update, mine.start)
+        groups = sample(
+            agent.model, prompts[mine.start:mine.stop], group_size=G, max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature, stop_ids=agent.stop_ids,
+            seed=settings.seed * 1_000_003 + step, max_num_seqs=settings.max_num_seqs, progress=bar.update,
+            first=mine.start)
     completions = [completion for group in gather(groups) for completion in group]
     opened, _ = answer_start(tokenizer)  # a template may open <think> itself: it belongs to the response
     texts = [opened + agent.decode(completion) for completion in completions]
@@ -191,7 +193,8 @@ class PolicyBatch:
 
 def policy_microbatches(agent: Agent, reference, rollouts: Rollouts, advantages: Tensor,
                         settings: TrainSettings) -> Iterator[PolicyBatch]:
-    """This rank's answers, in micro-batches. After the last one, gradients go on through the prompts.
+    """This rank's answers, in micro-batches. After the last one of a prompt, this generator sends the
+    gradients on through the prompt (see `model.microbatches`).
 
     Without a reference, groups whose advantages [B, G] are all 0 have no gradient and are not visited.
     """
@@ -318,7 +321,8 @@ def progress(done: int, steps: int, title: str) -> tqdm:
 def batch_of(instances: list[Instance], step: int, settings: TrainSettings) -> list[Instance]:
     """The instances of step 1, 2, ...: a new shuffle each time all have been used.
 
-    They depend on the seed and the step alone, so that a resumed run goes on as the unbroken one.
+    They depend on the seed and the step alone, so that a resumed run goes on as the unbroken one. With 10
+    instances and 4 per step, step 3 has the last two of the first shuffle and two of the second.
     """
     B, n, pool = settings.prompts_per_step, len(instances), []
     for epoch in range((step - 1) * B // n, (step * B - 1) // n + 1):
@@ -340,8 +344,7 @@ def validate(agent: Agent, candidates: list[Candidates], qrels: dict,
 
     The interval is the normal one, 1.96 standard errors over the queries. Each rank reranks its share.
     """
-    mine = my_share(len(candidates))
-    candidates = candidates[mine.start:mine.stop]
+    candidates = [candidates[i] for i in my_share(len(candidates))]
     lists = [(c.query, c.texts[:settings.window]) for c in candidates]
     reranker = Reranker(agent, settings.prompt, window=settings.window, stride=settings.window,
                         max_new_tokens=settings.max_new_tokens, max_num_seqs=settings.max_num_seqs,
@@ -377,10 +380,8 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
             prompts, answers = zip(*next(batches))
             tokens, loss = sum(map(len, answers)), 0.0
             mine = my_share(len(prompts))
-            mine = slice(mine.start, mine.stop)
-            losses = answer_losses(agent.model, prompts[mine], answers[mine], settings.prompt_batch_tokens,
-                                   settings.checkpointing)
-            for total in losses:
+            for total in answer_losses(agent.model, [prompts[i] for i in mine], [answers[i] for i in mine],
+                                       settings.prompt_batch_tokens, settings.checkpointing):
                 (total / tokens).backward()
                 loss += total.item() / tokens
             loss = sum(gather([loss]))
@@ -388,8 +389,7 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
             norm = optimizer.step(rate, settings.grad_clip, skip=not math.isfinite(loss))
             bad = 0 if math.isfinite(loss) and math.isfinite(norm) else bad + 1
             if bad == 3:
-                raise SystemExit(f"{title}, step {step}: the third in a row that is not finite; lower "
-                                 "--sft-lr")
+                raise SystemExit(f"{title}, step {step}: the third in a row is not finite; lower --sft-lr")
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             phase.complete(step)
             phase.save_in_time(last=step == steps)
@@ -427,8 +427,8 @@ class TrainSettings:
     qrels: list[str] = setting(list, "Judgements for files of candidates given as --data.", nargs="+")
     out: str = setting("runs/rearank", "The run folder: config, log, samples, checkpoint.")
     resume: bool = setting(False, "Go on from the newest save in --out, if there is one.")
-    eval_data: str = setting("", "Held-out candidates, whose first windows are reranked. best/ was chosen by "
-                             "them and looks better there than it is: compare it on others.")
+    eval_data: str = setting("", "Held-out candidates, whose first windows are reranked. They select best/, "
+                             "so report its score on other data.")
     eval_qrels: str = setting("", "Judgements of --eval-data.")
 
     prompt: str = setting("rearank", "The prompt to train with.", choices=tuple(PROMPTS), group="model")
@@ -539,7 +539,7 @@ def train_model(settings: TrainSettings) -> int:
         keep=settings.keep_draws, min_ndcg=settings.min_ndcg, seed=settings.seed)
     settings.data = chosen["data"]  # what auto stood for: --resume keeps to it
     held_out = read_held_out(settings, {x.qid for x in instances}) if settings.eval_data else None
-    agent = load_agent(settings.model, settings.device, settings.dtype)  # slow, so after the data's faults
+    agent = load_agent(settings.model, settings.device, settings.dtype)  # last: it is slow
     say(f"{len(instances)} training instances of {chosen['queries']} queries; {settings.prompts_per_step} "
         f"prompts x {settings.group_size} rollouts per step, {settings.steps} steps")
     longest = max(instances, key=lambda x: len(x.texts))  # if this prompt does not fit, no folder is made

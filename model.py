@@ -6,8 +6,7 @@
 One long prompt (20 passages) is shared by many short answers, and that is what makes this file fast: a
 prompt's keys and values are computed and kept once, and an answer's attention is put together from two parts,
 the prompt's and its own. `sample` decodes that way, a token of each answer at a time; `microbatches` gives
-whole answers' log-probabilities and gradients. One algorithm for every device, in float32 and bfloat16; two
-lines choose the kernel that exists.
+whole answers' log-probabilities and gradients. One algorithm for every device, in float32 and bfloat16.
 
 Letters in shape comments: R rows (answers), S prompts, G rows of a prompt, T answer tokens, P prompt tokens,
 V vocabulary, H query heads, K key-value heads, n = H / K query heads to a key-value head, D size of a head.
@@ -85,7 +84,10 @@ def rms_norm(module, x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding: turns each pair (x[d], x[d + D/2]) by an angle. `sin` has its first half negated."""
+    """Rotary embedding: x cos + rotate_half(x) sin turns each pair (x[d], x[d + D/2]) by an angle.
+
+    Instead of half of x, half of `sin` is negated, once for all layers.
+    """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -142,7 +144,7 @@ def encode_prompts(model, prompts: Sequence[Sequence[int]], checkpointing: bool 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys.setdefault(layer, key)  # the first: checkpointing comes here again, backwards
         values.setdefault(layer, value)
-        last = query.shape[2] < key.shape[2]  # only a prompt's last token asks: it sees the whole prompt
+        last = query.shape[2] < key.shape[2]  # the last layer computes only the last token, which sees all
         mask = token_mask(lengths, key.shape[2])[:, None, None] if last else None
         return causal_attention(layer, query, key, value, scaling, mask)
 
@@ -162,9 +164,9 @@ def chunks(prompts: Sequence[Sequence[int]], tokens: int) -> Iterator[slice]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Attention joined from two parts. What one softmax over prompt and answer gives is the mean of the parts'
-# outputs, weighted by exp(lse of the part - lse of the whole), where lse is the logarithm of the softmax's
-# normaliser, the sum of exp(scores). So a prompt's part can be one matrix product for all rows that share it.
+# Attention joined from two parts. One softmax over prompt and answer gives the mean of the parts' outputs,
+# weighted by exp(lse of the part - lse of the whole). lse (log-sum-exp) is the logarithm of the softmax's
+# denominator. So a prompt's part can be one matrix product for all rows that share it.
 
 
 def attention_scores(query: Tensor, keys: Tensor, scaling: float, attn_bias: Tensor | None = None) -> Tensor:
@@ -407,12 +409,13 @@ def sample(model, prompts: Sequence[Sequence[int]], group_size: int = 1, max_new
     written at a time: answers that have ended make room, and when a quarter is free the next prompts come
     in. `seed` is one number, or one per prompt. The same seed gives the same tokens (up to rounding) whatever
     `max_num_seqs` is, and whether `prompts` are a whole batch or its part from number `first` on. `progress`
-    is called with the number of answers that have just ended.
+    is called, now and then, with the number of answers that have ended since.
     """
     total, begun, batches = len(prompts) * group_size, 0, []
     numbers = max_new_tokens if temperature else 1
     seeds = [(one, group_size) for one in seed] if not isinstance(seed, int) else [
         (seed, first * group_size + total)]
+    # Draw the numbers of the whole batch and keep our part: a rank's share then has the batch's samples.
     uniforms = torch.cat([torch.rand(n, numbers, generator=torch.Generator().manual_seed(one))
                           for one, n in seeds])[-total:].to(model.device)  # one for each token of each answer
     answers = [Completion([], False) for _ in range(total)]  # number a: to prompt a // group_size
@@ -438,7 +441,8 @@ def sample(model, prompts: Sequence[Sequence[int]], group_size: int = 1, max_new
             going = [r for r, a in enumerate(batch.answers)
                      if not answers[a].finished and len(answers[a].ids) < max_new_tokens]
             ended = len(batch.answers) - len(going)
-            if 8 * ended >= len(batch.answers):  # not for each one: the caches of the others are copied
+            # Dropping rows copies the others, so not for each one. Until then an ended row goes on, ignored.
+            if 8 * ended >= len(batch.answers):
                 if going:
                     batch.keep(going)
                 else:
@@ -468,13 +472,14 @@ def microbatches(model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequ
     """All answers, at most `microbatch_tokens` padded tokens at a time; with gradients, if they are enabled:
 
         for batch in microbatches(model, prompts, answers):
-            loss_of(batch).backward()  # goes on through a prompt when all its answers have been here
+            loss_of(batch).backward()
 
-    `answers` is flat: len(prompts) groups of equal size, one after the other; `groups` are the numbers of
-    those to visit (default: all). A prompt is encoded once, with its graph; its keys, values and last hidden
-    state are cut off as leaves. Micro-batches add up gradients there, and one backward pass carries the sums
-    through the prompt (not if the loop is left by break). So a micro-batch's size changes the memory, not the
-    result (but for the rounding of bfloat16 sums). ValueError for an empty answer or no temperature.
+    Run the loop to its end: after a prompt's last answer the gradients are sent on through the prompt.
+    `answers` has len(prompts) groups of equal size, one after the other; `groups` are the numbers of those to
+    visit (default: all). A prompt is encoded once, with its graph. Its keys, values and last hidden state are
+    cut off as leaves, where the micro-batches' gradients add up; one backward pass carries the sums through
+    the prompt. So the size of a micro-batch changes the memory, not the result (up to bfloat16's rounding).
+    ValueError for an empty answer or no temperature.
     """
     if temperature <= 0 or not all(answers):
         raise ValueError("expected a temperature above 0 and no empty answer")

@@ -251,7 +251,10 @@ class Reranker(Options):
                 for window, (shortened, answers) in zip(positions, ask(asked, seeds, progress))]
 
     def _read(self, window: list[int], shortened: Shortened, answers: list[Answer]) -> Window:
-        """What the answers to one window, which holds these positions, make of its order."""
+        """Read the answers to one window, which holds these positions.
+
+        An answer votes if it named an order. Without votes the window keeps its order.
+        """
         votes, samples = [], []
         for answer in answers:
             ranking = parse_ranking(answer.text, len(window))
@@ -327,9 +330,11 @@ class RunOnDisk:
         self.check_outputs(lists)
         self.run: dict[str, list[str]] = {}
         self.counts = Counter()
+        self.reason = ""  # why the first window without an answer has none
         self.identity = {name: value for name, value in dataclasses.asdict(settings).items()
                          if name not in FREE_TO_CHANGE}
         self.identity["input"] = input_hash
+        self.identity["server"] = "some address" if settings.server else ""  # the address may change
         self.kept = self.finished_lines(len(lists)) if settings.resume else []
         for line in self.kept:
             self.count(json.loads(line))
@@ -428,8 +433,7 @@ class RunOnDisk:
             "queries shortened": int(row["query_chars_removed"] > 0), "passages": len(row["docids"]),
             "passages shortened": row["passages_shortened"], "characters removed": row["chars_removed"],
             "prompt tokens": row["prompt_tokens"], "new tokens": row["tokens"]})
-        if row["error"] and "reason" not in vars(self):
-            self.reason = row["error"]
+        self.reason = self.reason or row["error"]
 
     def close(self, queries: int) -> None:
         """Write the TREC run of the queries that are finished, and report problems."""
@@ -441,8 +445,8 @@ class RunOnDisk:
             print(f"stopped early: {there} holds {self.done} of {queries} queries; --resume goes on",
                   file=sys.stderr)
         if self.counts["error"]:
-            print(f"{self.counts['error']} windows without an answer, the first: {self.reason}; --resume "
-                  "asks again", file=sys.stderr)
+            print(f"{self.counts['error']} windows without an answer, the first: {self.reason}; when the "
+                  "cause is mended, --resume asks again", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -564,6 +568,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{counts['queries']} queries, {counts['calls']} calls in {counts['seconds']} s:",
           ", ".join(f"{counts[name]:,} {name}" for name in CLOSING))
     print(f"{settings.output} is the run, {settings.output}.jsonl the reasoning (report.py shows it)")
+    if not counts["ok"] + counts["repaired"] + counts["untagged"]:
+        print(f"no answer held an order: was the model trained with --prompt {settings.prompt}? For other "
+              "models, try --prompt rankgpt", file=sys.stderr)
     if settings.stats:
         with atomic_write(settings.stats) as file:
             json.dump(dict.fromkeys(CLOSING, 0) | counts, file, indent=1)

@@ -11,13 +11,13 @@ strict: it only reads a complete `<answer>...</answer>` after the reasoning. The
 whatever the reward accepts.
 
 Where we depart from the paper or from the authors' code:
-- Where nothing can be gained, eq. 5 divides by zero. Here an order that is still best earns 1 (the authors
+- If no order can gain, eq. 5 divides by zero. Here an answer that loses nothing then earns 1 (the authors
   give 0).
 - r_rank is never below -1. In an almost ideal window eq. 5 can fall below -200, and one bad sample would
   decide its whole group.
 - r_format1 requires exactly one think and one answer block, with nothing around them. r_format2 requires
-  every passage to be named once. The authors search for the patterns anywhere, so that `[3]` alone earns
-  them: a nearly free reward, as passages that are not named keep their places.
+  every passage to be named once. The authors search for the patterns anywhere. There `[3]` alone is enough,
+  because passages that are not named keep their order.
 """
 
 from __future__ import annotations
@@ -217,8 +217,8 @@ def rank_reward(initial: float, reranked: float, best: float, readable: bool = T
 
     "normalized" (eq. 5): the share of the possible gain, (reranked - initial) / (best - initial), at least
     -1. If nothing can be gained (best = initial): 1 for an order that is still best, else the loss, reranked
-    - best. A response that was not `readable` gets 0, also where nothing can be gained: it must not be paid
-    for saying nothing. "absolute": reranked. "difference": reranked - initial. (Those are Table 3's
+    - best. A response that was not `readable` gets 0, also where nothing can be gained: otherwise
+    an empty answer would earn 1. "absolute": reranked. "difference": reranked - initial. (Those are Table 3's
     alternatives; the window keeps its order if the response was not readable.)
 
     >>> rank_reward(0.5, 0.7, 0.9), rank_reward(0.98, 0.5, 0.99), rank_reward(0.9, 0.9, 0.9)

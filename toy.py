@@ -1,11 +1,11 @@
 """The toy task: REARANK in miniature, which `python grpo.py` runs without data, downloads or a GPU.
 
-    python grpo.py --seed 0 --out runs/toy               warm start, control, GRPO, exam: minutes on a CPU
+    python grpo.py --seed 0 --out runs/toy               warm start, GRPO, exam: minutes on a CPU
 
-A passage's label is how many of the query's three concepts it covers, in words that may differ from the
-query's. A teacher grades every passage in <think>, but only some of its orders use the grades: that much a
-supervised warm start can teach, which stands for an instruct model. GRPO with the paper's reward learns to
-order by them; more of the same supervision, the control, does not.
+A passage's label is the number of the query's three concepts that it covers, in words that may differ from
+the query's. A teacher grades each passage correctly in <think>, but only a quarter of its orders use the
+grades. The warm start imitates this teacher and plays the role of an instruct model. GRPO with the paper's
+reward then learns to order by the grades. More of the same supervision (--control) does not.
 """
 
 from __future__ import annotations
@@ -102,9 +102,10 @@ def toy_keywords(query: str, text: str) -> list[str]:
 
 
 def toy_answer(query: str, texts: Sequence[str], graded: bool) -> str:
-    """The teacher's answer: in <think> each passage's keywords and grade, how many they are; then an order.
+    """The teacher's answer: each passage's keywords and grade (their number) in <think>, then an order.
 
-    By grade where `graded`; else it knows only relevant before irrelevant (ties stay in place).
+    If `graded`, the order is by grade. Otherwise it only puts relevant passages before irrelevant ones, and
+    ties stay in place.
     """
     keywords = [toy_keywords(query, text) for text in texts]
     known = [len(words) if graded else min(len(words), 1) for words in keywords]

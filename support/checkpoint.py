@@ -1,4 +1,4 @@
-"""A model's files: read with clear faults; written so that transformers 4 and 5, vLLM and peft load them."""
+"""Read a model's files with clear errors. Write files that transformers 4 and 5, vLLM and peft can load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.download import hub_answers
 from support.lora import LORA_SCALE, merged_state
 from support.memory import out_of_memory
 
-# What transformers reads beside config.json. Of the weights and the vocabulary, the first that is there.
+# Files read beside config.json. Of the weights and of the vocabulary, transformers reads the first found.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
            "pytorch_model.bin.index.json")
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -31,11 +31,10 @@ OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.ji
 
 @contextlib.contextmanager
 def reading(name: str, what: str):
-    """Turn whatever fails in the block, while `what` of model `name` is read, into an InputError of one line.
+    """Turn any error raised while `what` of model `name` is read into an InputError of one line.
 
-    On other people's files the libraries raise exceptions of every kind, and a panic of tokenizers' Rust is
-    not even an Exception. transformers' own warnings are silenced, such as its table of missing tensors, and
-    its progress bars where nobody watches.
+    On damaged files the libraries raise exceptions of every kind; a panic in tokenizers' Rust code is not
+    even an Exception. transformers' warnings are silenced, and its progress bars if stderr is no terminal.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -47,15 +46,14 @@ def reading(name: str, what: str):
         raise
     except BaseException as error:
         reason = "".join(c for c in " ".join(str(error).split()) if c.isprintable())
-        if out_of_memory(error):  # no fault of the model's
+        if out_of_memory(error):
             reason = "too little memory; use a smaller model"
         elif not isinstance(error, InputError):
-            reason = f"{what} cannot be loaded ({type(error).__name__}: {reason[:200]}); "
+            advice = "without a network, pass a folder that `hf download` has written elsewhere"
             if Path(name).is_dir():
-                reason += (f"it may be damaged, or need newer libraries than transformers "
-                           f"{transformers.__version__} and tokenizers {tokenizers.__version__}")
-            else:
-                reason += "without a network, pass a folder that `hf download` has written elsewhere"
+                advice = (f"it may be damaged, or need newer libraries than transformers "
+                          f"{transformers.__version__} and tokenizers {tokenizers.__version__}")
+            reason = f"{what} cannot be loaded ({type(error).__name__}: {reason[:200]}); {advice}"
         raise InputError(f"--model {name}: {reason}") from None
     finally:
         logging.set_verbosity(verbosity)
@@ -63,9 +61,9 @@ def reading(name: str, what: str):
 
 
 def read_config(name: str):
-    """(configuration, how to load the rest) of a model.
+    """The configuration of a model, and the keyword arguments with which to load the rest.
 
-    Never runs code from the folder: transformers would ask for consent, and wait for the answer.
+    Code in the folder is never run: transformers would ask for consent and wait for the answer.
     """
     folder = Path(name)
     a_path = name.startswith((".", "/", "~")) or folder.exists() or name.count("/") != 1
@@ -87,37 +85,60 @@ def read_config(name: str):
 
 
 def check_folder(name: str) -> str:
-    """The name of the file of weights, for messages. InputError where a file of a folder is at fault."""
-    if not Path(name).is_dir():
+    """Check the files of a model folder. Returns the name of the file of weights, or of their index.
+
+    InputError names a file that is absent, damaged or a stand-in. A name on the hub is not checked.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
         return "its weights"
     with reading(name, "model.safetensors.index.json"):
-        return check_files(Path(name))
+        weights = present(folder, WEIGHTS)
+        files = [weights, present(folder, VOCABULARY)]
+        files += [path for path in sorted(folder.iterdir()) if path.name in OPTIONAL]
+        if weights.suffix == ".json":
+            files += [folder / shard for shard in sorted(set(read_json(weights)["weight_map"].values()))]
+        for path in files:
+            check_content(path)
+    return weights.name
 
 
 def load_weights(name: str, weights: str, config, dtype: str, device, **source):
-    """The model with its weights (a file of that name), on `device`. InputError: see `check_tensors`."""
+    """The model on `device`. `weights` names the file in messages.
+
+    InputError names a tensor that the config or the weights lack, or that is not finite. transformers ignores
+    tensors for which the config has no place. In the layers or the head they belong to the forward pass.
+    """
     with reading(name, f"{weights} or generation_config.json"):
         model, found = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
             **source)
         model = model.to(device).eval()
-        check_tensors(model, found)
+        faults = [f"its config asks for {tensor}, which its weights lack" for tensor in found["missing_keys"]]
+        faults += [f"{tensor} is {list(there)} in its weights, {list(wanted)} by its config"
+                   for tensor, there, wanted in found["mismatched_keys"]]
+        faults += [f"its weights hold {tensor}, for which its config has no place"
+                   for tensor in found["unexpected_keys"] if tensor.startswith(("model.", "lm_head."))]
+        faults += [f"{tensor} holds NaN or infinity; its weights are damaged, or too large for {p.dtype}"
+                   for tensor, p in model.named_parameters() if not p.isfinite().all()]
+        if faults:
+            raise InputError(min(faults))
     return model
 
 
 def load_tokenizer(name: str, **source):
-    """The tokenizer a checkpoint declares, or just its tokenizer.json if it declares no class that we know.
+    """The tokenizer that a checkpoint declares, or its plain tokenizer.json if we do not know the class.
 
-    AutoTokenizer would then put Qwen2's splitting rules in its place, and the toy's words would be unknown.
+    For an unknown class AutoTokenizer would use Qwen2's splitting rules, which do not fit the toy's words.
     """
     declared = get_tokenizer_config(name, **source).get("tokenizer_class")
-    known = tokenizer_class_from_name(declared) if declared else None  # also None for a newer library's class
+    known = tokenizer_class_from_name(declared) if declared else None
     generic = known in (None, PreTrainedTokenizerFast)
     return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name, **source)
 
 
 def present(folder: Path, names: Sequence[str]) -> Path:
-    """The first of these files that is in the folder. InputError, with what is there, if none is."""
+    """The first of these files that is in the folder. InputError, with the files found, if none is."""
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -127,21 +148,8 @@ def present(folder: Path, names: Sequence[str]) -> Path:
     raise InputError(f"there is no {names[0]} in this folder, only {there}{advice}")
 
 
-def check_files(folder: Path) -> str:
-    """The name of the file of weights, or of their index. InputError, with a file's name, where one that
-    loading reads is absent, damaged or a stand-in."""
-    weights = present(folder, WEIGHTS)
-    files = [weights, present(folder, VOCABULARY)]
-    files += [path for path in sorted(folder.iterdir()) if path.name in OPTIONAL]
-    if weights.suffix == ".json":
-        files += [folder / shard for shard in sorted(set(read_json(weights)["weight_map"].values()))]
-    for path in files:
-        check_content(path)
-    return weights.name
-
-
 def check_content(path: Path) -> None:
-    """InputError, with the file's name, where the content is not that of such a file or not whole."""
+    """InputError, with the file's name, if the content is damaged or of another kind."""
     fault = ""
     try:
         with open(path, "rb") as file:
@@ -155,7 +163,7 @@ def check_content(path: Path) -> None:
         elif path.suffix == ".json":
             read_json(path)
         elif path.suffix == ".safetensors":
-            with safe_open(path, "pt"):  # sees whether it is whole
+            with safe_open(path, "pt"):  # reads the header and compares it with the file's size
                 pass
     except (OSError, SafetensorError) as error:
         fault = f"cannot be read ({error})"
@@ -164,7 +172,7 @@ def check_content(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. InputError names the file that holds something else."""
+    """The object in a JSON file. InputError, with the file's name, if it holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -175,7 +183,7 @@ def read_json(path: Path) -> dict:
 
 
 def holds_adapter(config: Path) -> InputError:
-    """Whose adapter adapter_config.json describes, and what to pass instead: adapters are not read."""
+    """The error for an adapter, which we do not load: it names the base and what to pass instead."""
     base, merged = read_json(config).get("base_model_name_or_path"), config.parent.with_name("checkpoint")
     advice = "merge it into its base (peft's merge_and_unload) and pass the result"
     if config.parent.name == "adapter" and (merged / "config.json").is_file():
@@ -186,10 +194,10 @@ def holds_adapter(config: Path) -> InputError:
 
 
 def check_tokenizer(tokenizer, rows: int) -> None:
-    """InputError unless the tokenizer writes text, and a chat, in ids below `rows`."""
+    """InputError unless the tokenizer has a vocabulary, ids below `rows` and a chat template."""
     if not tokenizer("Is it [1]?")["input_ids"]:
         raise InputError("its tokenizer has no vocabulary; is tokenizer.json missing?")
-    # Many a padding token was added without an embedding. We do not use it.
+    # Padding tokens are often added without an embedding. We do not use them.
     words = {i: word for word, i in tokenizer.get_vocab().items() if word != tokenizer.pad_token}
     if (top := max(words)) >= rows:
         raise InputError(f"its tokenizer has the id {top} for {words[top]!r}, and the model has only {rows} "
@@ -199,53 +207,32 @@ def check_tokenizer(tokenizer, rows: int) -> None:
                          "chat_template.jinja into its folder")
 
 
-def check_tensors(model, found: dict) -> None:
-    """InputError that names a tensor which the config or the weights lack, or which is not finite.
-
-    `found` is what transformers tells of the loading. It ignores tensors for which the config has no place;
-    those of the layers and the head are part of the forward pass, so that here they are a fault.
-    """
-    faults = [f"its config asks for {tensor}, which its weights lack" for tensor in found["missing_keys"]]
-    faults += [f"{tensor} is {list(there)} in its weights, {list(wanted)} by its config"
-               for tensor, there, wanted in found["mismatched_keys"]]
-    faults += [f"its weights hold {tensor}, for which its config has no place"
-               for tensor in found["unexpected_keys"] if tensor.startswith(("model.", "lm_head."))]
-    faults += [f"{tensor} holds NaN or infinity; its weights are damaged, or too large for {p.dtype}"
-               for tensor, p in model.named_parameters() if not p.isfinite().all()]
-    if faults:
-        raise InputError(min(faults))
-
-
 def write_model(agent, folder: Path) -> None:
-    """Write model and tokenizer as others read them, LoRA added to the weights.
+    """Write model and tokenizer, LoRA merged into the weights, in the form that other libraries read.
 
-    transformers 4, and engines built on it, look for RoPE's base and the precision under their older
-    names (and take 10,000 for a base they do not find), and do not know the tokenizer class of
-    transformers 5.
+    transformers 4, and engines built on it, read RoPE's base and the precision under their older names (and
+    take 10,000 for a base they do not find), and do not know the tokenizer class of transformers 5.
     """
     logging.disable_progress_bar()  # transformers' bar would break up our own
     agent.model.save_pretrained(folder, state_dict=merged_state(agent.model))
     logging.enable_progress_bar()
     agent.tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config, tokenizer = (read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
     rope = config.get("rope_parameters") or {}
     config |= {"rope_theta": rope.get("rope_theta", 10_000.0), "torch_dtype": config.get("dtype")}
-    # A config may have said "tied" beside a head of its own, which other loaders would then drop.
-    config["tie_word_embeddings"] = agent.model.lm_head.weight is agent.model.get_input_embeddings().weight
-    config.pop("auto_map", None)  # names code in the model's folder, which we have neither run nor copied
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("auto_map", None)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    # A config may have said "tied" beside a head of its own, which other loaders would then drop.
+    config["tie_word_embeddings"] = agent.model.lm_head.weight is agent.model.get_input_embeddings().weight
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+        content.pop("auto_map", None)  # names code in the model's folder, which was neither run nor copied
+        (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def save_adapter(model, folder: Path, base: str) -> None:
-    """Write A and B, if the model has any, to `folder` as peft and vLLM read them, to be put on `base`."""
+    """Write LoRA's A and B, if the model has any, as an adapter of `base` that peft and vLLM can load."""
     tensors = {f"base_model.model.{name}.weight": p.detach() for name, p in model.named_parameters()
                if ".lora_" in name}
     if not tensors:

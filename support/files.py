@@ -1,7 +1,7 @@
-"""The files that are read and written: TREC judgements and runs, first-stage lists, training instances.
+"""Read and write TREC judgements and runs, first-stage lists, and training instances.
 
-What is read from outside is checked: InputError names the file, the line, and what was expected. What is
-written appears whole or not at all.
+Readers check their input: an InputError names the file, the line and the expected form. Writers replace a
+file in one step, so that nobody sees half of it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 
 from support.cli import InputError
 
-UTF8 = ("utf-8", "surrogateescape")  # ids are bytes: what is not UTF-8 becomes surrogates, and itself again
+UTF8 = ("utf-8", "surrogateescape")  # ids are bytes: those that are not UTF-8 survive reading and writing
 
 
 def stream_at(path: str | Path) -> str | Path | int | None:
-    """What to open if `path` is not a file that can be replaced: 1 or 2 if it is our own standard output or
-    error, else `path` (a pipe, a device, a folder, links in a circle). None for a file, or nothing yet.
+    """What to open if `path` cannot be replaced: 1 or 2 for our own standard output or error, `path` for a
+    pipe, a device, a folder or links in a circle. None for a file, or if nothing is there yet.
     """
     for number in (1, 2):
         with contextlib.suppress(OSError):  # nothing is there, or the stream is closed
@@ -40,11 +40,11 @@ def stream_at(path: str | Path) -> str | Path | int | None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
-    """Open `path` to write text ("w": UTF-8, "\\n" line ends) or bytes ("wb"); a name in .gz is compressed.
+def atomic_write(path: str | Path, mode: str = "wt") -> Iterator:
+    """Open `path` to write text ("wt": UTF-8, "\\n" line ends) or bytes ("wb"). Names in .gz are compressed.
 
-    It appears whole or not at all: a file beside it is renamed at the end, with the old one's mode. Missing
-    folders are made, symbolic links are followed. Pipes, devices and our own stdout are written to directly.
+    A file beside it is written, then renamed; it keeps the old file's mode. Missing folders are made,
+    symbolic links are followed. Pipes, devices and our own stdout are written to directly.
     """
     text = {} if mode == "wb" else {"encoding": UTF8[0], "errors": UTF8[1], "newline": "\n"}
     stream = stream_at(path)
@@ -58,35 +58,36 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with opener(part, "wb" if mode == "wb" else "wt", **text) as file:
+        with opener(part, mode, **text) as file:
             yield file
-        with contextlib.suppress(OSError):  # there is no old file, or its disk knows no modes
+        with contextlib.suppress(OSError):  # there is no old file, or its disk has no modes
             shutil.copymode(path, part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-NO_TEXT = {  # how files begin that we cannot read
+NO_TEXT = {  # the first bytes of files that we cannot read
     b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\3\4": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd",
     b"PAR1\x15": "Parquet", b"%PDF-": "PDF", b"version https://git-lfs": "a Git LFS pointer, not the data"}
 
 
 @contextlib.contextmanager
 def open_bytes(path: str | Path) -> Iterator:
-    """Open `path` ("-": standard input) to read bytes; gzip is unpacked, a byte order mark left out.
+    """Open `path` ("-": standard input) to read bytes; gzip is unpacked, a byte order mark is skipped.
     InputError: damaged gzip, a beginning that no UTF-8 text has, a UnicodeDecodeError inside the block.
     """
-    name = "standard input" if path == "-" else path
-    standard = path == "-" and io.BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")  # None: it is closed
+    name, raw = path, None
+    if path == "-":  # sys.stdin is None if it is closed
+        name, raw = "standard input", io.BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")
     try:
-        with io.BufferedReader(standard or io.FileIO(path)) as file:
+        with io.BufferedReader(raw or io.FileIO(path)) as file:
             if Path(path).suffix == ".gz" or file.peek(2).startswith(b"\x1f\x8b"):
                 file = gzip.open(file)
             head = file.peek(32)
-            what = next((what for start, what in NO_TEXT.items() if head.startswith(start)), "")
-            if what or b"\0" in head[:4]:  # UTF-16 may lack its mark
-                raise InputError(f"{name}: looks like {what or 'UTF-16'}; expected text in UTF-8")
+            foreign = [what for start, what in NO_TEXT.items() if head.startswith(start)]
+            if foreign or b"\0" in head[:4]:  # UTF-16 may lack its mark
+                raise InputError(f"{name}: looks like {[*foreign, 'UTF-16'][0]}; expected text in UTF-8")
             if head.startswith(b"\xef\xbb\xbf"):
                 file.read(3)
             yield file
@@ -98,7 +99,7 @@ def open_bytes(path: str | Path) -> Iterator:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of `path` ("-": standard input). InputError: see open_bytes; it names the line."""
+    """The text of `path` ("-": standard input). InputError: see open_bytes."""
     with open_bytes(path) as file:
         return file.read().decode("utf-8")
 
@@ -106,8 +107,9 @@ def read_text(path: str | Path) -> str:
 def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
     """The objects of a JSON list or a JSONL file, each with its place ("file: record n", "file:line")."""
     content, decode, end, line = read_text(path), json.JSONDecoder().raw_decode, 0, 1
-    broken = re.search(r"\\u[dD][89a-fA-F]", content)  # half a surrogate pair fits into no file
-    while (start := re.compile(r"[\s\ufeff]*").match(content, end).end()) < len(content):
+    broken = re.search(r"\\u[dD][89a-fA-F]", content)  # maybe half a surrogate pair, which UTF-8 cannot hold
+    spaces = re.compile(r"[\s\ufeff]*")
+    while (start := spaces.match(content, end).end()) < len(content):
         line += content.count("\n", end, start)
         try:
             value, end = decode(content, start)
@@ -126,26 +128,25 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
             yield where, record
         line += content.count("\n", start, end)
 
-# ------------------------------------------------------------------------------------------------------------
-# TREC judgements (qrels) and runs
+# --- TREC judgements (qrels) and runs
 
-TREC_FORMATS = {  # fields, the value's place, its type and how far from 0 it may be
+TREC_FORMATS = {  # fields, the value's position and type, and the largest value allowed
     "qrels": ("qid iter docid label", 3, int, 2**63 - 1),
     "run": ("qid Q0 docid rank score tag", 4, float, math.inf)}
 
 
 def trec_id(docid: str) -> str:
-    """`docid` as TREC files can hold it: ASCII white space inside becomes `_` (BRIGHT has such ids)."""
+    """`docid` for a TREC file: ASCII white space inside becomes `_` (BRIGHT has such ids)."""
     return re.sub(r"\s+", "_", docid.strip(string.whitespace), flags=re.ASCII)
 
 
 def read_trec(path: str | Path, kind: str, as_text: bool = False) -> dict:
-    """{qid: {docid: value}} of "qrels" or a "run" (.gz too), in the file's order; labels int, scores float.
+    """{qid: {docid: value}} of "qrels" or a "run", in the file's order. Labels are int, scores float.
 
-    As trec_eval reads them: ids are bytes, fields stand between ASCII white space, `#` lines are skipped,
-    blank lines only in runs, a run's fields after the sixth are ignored. InputError names the line that has
-    the wrong width, no number for a value (trec_eval takes it for 0), or a document that came before.
-    `as_text`: ids are strings, and fields too many mean a docid with spaces, which become `_`.
+    Read as trec_eval does: ids are bytes, ASCII white space separates fields, `#` lines are skipped, blank
+    lines are allowed only in runs, a run's fields after the sixth are ignored. InputError for a line with
+    too few fields, without a number as value (trec_eval reads 0), or with a document that came before.
+    `as_text`: ids are strings, and too many fields mean a docid with spaces, which become `_`.
     """
     form, place, number, limit = TREC_FORMATS[kind]
     width, hash_sign, underscore = len(form.split()), *b"#_"  # `35 in text` is faster than `b"#" in`
@@ -168,7 +169,7 @@ def read_trec(path: str | Path, kind: str, as_text: bool = False) -> dict:
                 if as_text:
                     fields[2:3 + spare] = [b"_".join(fields[2:3 + spare])]
             qid, docid, text = fields[0], fields[2], fields[place]
-            if qid != newest:  # one look-up for each query and not for each line
+            if qid != newest:  # one look-up per query, not per line
                 row, newest = table.setdefault(qid, {}), qid
             try:
                 value = number(text)
@@ -187,18 +188,18 @@ def read_trec(path: str | Path, kind: str, as_text: bool = False) -> dict:
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
-    """{qid: {docid: label}} in the file's order. Spaces in docids become `_`. InputError: see read_trec."""
+    """{qid: {docid: label}} in the file's order, as text. InputError: see read_trec."""
     return read_trec(path, "qrels", as_text=True)
 
 
 def read_run(path: str | Path) -> dict[str, dict[str, float]]:
-    """{qid: {docid: score}} in the file's order; the rank column is ignored. InputError: see read_trec."""
+    """{qid: {docid: score}} in the file's order, as text; ranks are ignored. InputError: see read_trec."""
     return read_trec(path, "run", as_text=True)
 
 
 def write_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None:
-    """Write {qid: docids, best first} as a TREC run. Scores fall from n-1 to 0: no tie can undo the order.
-    Docids are written as trec_id gives them. InputError: see check_run.
+    """Write {qid: docids, best first} as a TREC run. Scores fall from n-1 to 0, so there are no ties.
+    InputError: see check_run.
     """
     check_run(path, ranking, tag)
     with atomic_write(path) as file:
@@ -208,7 +209,7 @@ def write_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None
 
 
 def check_run(path: str | Path, ranking: dict[str, list[str]], tag: str) -> None:
-    """InputError if write_run could not write this, in any order. Called before long work."""
+    """InputError if write_run could not write these ids. Called before long work, in any order of docids."""
     if stream_at(path) is not None or not os.path.basename(path):
         raise InputError(f"{path}: is a folder, a pipe or a device; expected the name of a file to write")
     for qid, docids in ranking.items():
@@ -229,10 +230,9 @@ def write_qrels(path: str | Path, qrels: dict[str, dict[str, int]]) -> None:
             for docid, label in labels.items():
                 file.write(f"{qid} 0 {trec_id(docid)} {label}\n")
 
-# ------------------------------------------------------------------------------------------------------------
-# First-stage lists
+# --- First-stage lists
 
-TEXT_FIELDS = ("contents", "content", "text", "segment", "passage", "body", "doc")  # where a text may be
+TEXT_FIELDS = ("contents", "content", "text", "segment", "passage", "body", "doc")  # names of the text
 
 
 @dataclasses.dataclass
@@ -247,20 +247,21 @@ class Candidates:
 
 
 def text_field(record: dict, names: Iterable[str], what: str, where: str) -> str:
-    """The string under the first of `names` that is not empty in `record`; a whole number is taken as one
-    (ids). InputError."""
+    """The string under the first of `names` that is not empty in `record`. Whole numbers (ids) become text.
+    InputError if there is no string.
+    """
     values = [record[name] for name in names if record.get(name) is not None] or [None]
     value = next((value for value in values if value != ""), "")
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int:  # a boolean is none
         value = str(value)
     if not isinstance(value, str):
         raise InputError(f"{where}: expected {what} as a string ({', '.join(names)}), found {value!r:.40}")
-    return value.encode("utf-8", "replace").decode()  # JSON can smuggle in half a surrogate pair
+    return value.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
 
 
 def candidates_of(record: dict, where: str, counts: Counter) -> Candidates | None:
-    """The list in one record, in any form of `read_candidates`; None if it is empty. `counts` receives
-    the number of records so far, and what there is to tell of them.
+    """The list in one record, in any form of read_candidates; None if it is empty. InputError if it is bad.
+    `counts` is updated: the number of records, and of queries that stderr has to mention.
     """
     hits = next((record[name] for name in ("candidates", "hits", "ctxs") if name in record), None)
     if not isinstance(hits, list) or not all(isinstance(hit, (dict, str)) for hit in hits):
@@ -272,8 +273,8 @@ def candidates_of(record: dict, where: str, counts: Counter) -> Candidates | Non
         counts["without candidates are left out"] += 1
         return None
     hits = [{"text": hit} if isinstance(hit, str) else hit for hit in hits]
-    docs = [hit["doc"] if isinstance(hit.get("doc"), dict) else hit for hit in hits]
-    both = [doc | hit for doc, hit in zip(docs, hits)]  # where an id may be
+    docs = [hit["doc"] if isinstance(hit.get("doc"), dict) else hit for hit in hits]  # they hold the texts
+    both = [doc | hit for doc, hit in zip(docs, hits)]  # either may hold the id
     numbered = all(fields.get(name) is None for fields in both for name in ("docid", "id"))
     counts["have candidates without ids: their places, from 1, are taken"] += numbered
     scored = any(hit.get("score") is not None for hit in hits)
@@ -284,8 +285,8 @@ def candidates_of(record: dict, where: str, counts: Counter) -> Candidates | Non
     result = Candidates(qid, query, [], [], [])
     for n, (hit, doc, fields) in enumerate(zip(hits, docs, both), 1):
         here = f"{where}, passage {n}"
-        score = hit.get("score") if scored else len(hits) - n  # where none has one: the place in the list
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not -1e300 < score < 1e300:
+        score = hit.get("score") if scored else len(hits) - n  # without scores, the position gives one
+        if type(score) not in (int, float) or not -1e300 < score < 1e300:
             raise InputError(f"{here}: expected a finite number as score, found {score!r:.40}")
         text = text_field(doc, TEXT_FIELDS, "the passage's text", here)
         title = text_field(doc, ("title",), "a title", here) if doc.get("title") else ""
@@ -299,25 +300,23 @@ def candidates_of(record: dict, where: str, counts: Counter) -> Candidates | Non
 
 
 def read_candidates(path: str | Path) -> list[Candidates]:
-    """Read first-stage lists in the file's order: that order is the ranking, scores are only carried along.
+    """Read first-stage lists in the file's order, which is the ranking. Scores are only kept with it.
 
-    One object per line or one JSON list, .gz of each, of one of three shapes:
+    The file is JSONL or one JSON list, maybe compressed (gzip). An object has one of three forms:
     rank_llm           {"query": {"text", "qid"}, "candidates": [{"docid", "score", "doc": {"contents"}}]}
     RankGPT, REARANK   {"query", "hits": [{"content", "qid", "docid", "score"}]}
     Rankify            {"question", "query_id", "ctxs": [{"id", "title", "text", "score"}]}
-    (The last is what Rankify's own loader reads; we have not opened one of its files.)
+    (as Rankify's own loader reads it; we have not opened one of its files)
 
-    A passage or its `doc` may be a plain string; of TEXT_FIELDS the first that is not empty counts. A list
-    may have no scores. If none of its passages has an id, their places from 1 are the ids, and the record's
-    number that of a query without one. Queries without passages are left out, and counted on stderr.
+    A passage or its `doc` may be a plain string. The first of TEXT_FIELDS that is not empty is the text.
+    Scores may be missing. If no passage has an id, their positions from 1 are the ids, and a query without
+    an id gets its record's number. Queries without passages are left out and counted on stderr.
     """
     queries, counts = {}, Counter()
     for where, record in read_records(path):
         query = candidates_of(record, where, counts)
-        if query and query.qid in queries:
+        if query and queries.setdefault(query.qid, query) is not query:
             raise InputError(f"{where}: query {query.qid} is there twice")
-        if query:
-            queries[query.qid] = query
     if not queries:
         found = "only queries without any" if counts["records"] else "an empty file"
         raise InputError(f"{path}: expected candidates, found {found}")
@@ -336,14 +335,12 @@ def write_candidates(path: str | Path, candidates: Iterable[Candidates]) -> None
             record = {"query": {"text": query.query, "qid": query.qid}, "candidates": hits}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-# ------------------------------------------------------------------------------------------------------------
-# Training instances
+# --- Training instances
 
 @dataclasses.dataclass
 class Instance:
-    """One training prompt: the passages in their initial order, and the label of each.
-
-    `ideal`: all judged labels of the query. NDCG's ideal is taken over them, not over the window.
+    """One training prompt: passages in their initial order, and their labels. `ideal` has all judged labels
+    of the query: NDCG's ideal ranking is taken over them, not over the window.
     """
 
     qid: str
@@ -354,6 +351,7 @@ class Instance:
     ideal: list[int]
 
     def json(self) -> str:
+        """The instance as a line of JSONL."""
         return json.dumps(vars(self), ensure_ascii=False) + "\n"
 
 
@@ -363,7 +361,7 @@ def judged_labels(query: Candidates, judged: dict[str, int]) -> list[int]:
 
 
 def write_instances(path: str | Path, instances: Iterable[Instance]) -> None:
-    """Write one instance per line, as JSON. read_instances reads the same back."""
+    """Write JSONL, one instance per line. read_instances reads the same back."""
     with atomic_write(path) as file:
         file.writelines(instance.json() for instance in instances)
 

@@ -1,13 +1,12 @@
-"""The folder of a training run: log, samples, saves, and what a run needs to survive being killed.
+"""The folder of a training run: log, samples and saves. A killed run can be resumed from it.
 
     config.json                the settings
-    log.csv, samples.txt       a row per step; whole rollouts now and then; skipped.txt: those of bad updates
-    saves/grpo-000100/         a save: checkpoint/ (and adapter/), and state/ for --resume
-    checkpoint/, adapter/      the newest save's, and best/ the best one's, each loadable by itself
+    log.csv, samples.txt       one row per step; some whole rollouts (skipped.txt: of skipped updates)
+    saves/grpo-000100/         one save: checkpoint/ (and adapter/), and state/ for --resume
+    checkpoint/, adapter/      the files of the newest save; best/: those of the best save
 
-A save appears under its name when it is whole. The files of checkpoint/, adapter/ and best/ are hard links
-into a save (copies where the file system has none), each replaced in one instant: they are never absent, and
-at a kill at most one save behind.
+A save gets its name once it is complete. The files of checkpoint/, adapter/ and best/ are hard links into a
+save, or copies. Each is replaced in one atomic step: it is never missing, and at most one save old.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from support.cli import InputError
 from support.distributed import gather, rank, say, world_size
 from support.files import atomic_write
 
-LOGS = ("log.csv", "samples.txt", "skipped.txt")  # files that grow; a save notes how long they are
+LOGS = ("log.csv", "samples.txt", "skipped.txt")  # files that grow; a save records their lengths
 COLUMNS = (
     "step", "reward", "ndcg", "ndcg_init", "ndcg_best", "eval_ndcg", "eval_low", "eval_high", "reward_std",
     "rank", "format1", "format2", "permutations", "unchanged", "zero_std_groups", "length", "hit_limit",
@@ -43,17 +42,17 @@ LINE = (
     "in-group std {reward_std:.2f}  whole orders {permutations:.0%}  rewards all equal {zero_std_groups:.0%}"
     "  length {length:.0f}  hit limit {hit_limit:.0%}  entropy {entropy:.2f}  {tokens_per_s:.0f} tok/s  "
     "{seconds:.1f} s")
-# Settings that make it another run: --resume refuses to change them. The last three are the toy's.
+# --resume refuses to change these settings: the result would be another run. The last three are the toy's.
 FIXED = ("model seed prompts_per_step group_size reward prompt window draws order keep_draws min_ndcg "
          "sft_steps sft_lr lora_rank teacher_graded eval_queries eval_seed").split()
+FRESH = {"step": 0, "best": -1.0, "best_step": 0}  # the state of a phase that has not begun
 
 
 class RunFolder:
-    """A run's folder, made ready for writing. Only rank 0 writes; every rank makes one.
+    """A run's folder, made ready for writing. Every rank makes one; only rank 0 writes.
 
-    `trained_on` describes the training data; a resumed run must have the same. An earlier run in the folder
-    is moved aside, unless `settings.resume`. InputError where another process uses the folder, or --resume
-    does not fit the run that is there.
+    `trained_on` describes the training data. Without `settings.resume`, an earlier run is moved aside.
+    InputError if another process trains there, or if the run to resume had other settings or data.
     """
 
     def __init__(self, settings, trained_on: dict | None = None):
@@ -77,13 +76,13 @@ class RunFolder:
         gather([])  # no rank looks into the folder before it is ready
 
     def lock(self) -> None:
-        """Make the folder and claim it. InputError where another process trains in it."""
+        """Make the folder and lock it. InputError if another process trains in it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.claim = open(self.path / ".lock", "w")
+        self.lock_file = open(self.path / ".lock", "w")
         try:
             import fcntl
 
-            fcntl.lockf(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
         except BlockingIOError:
             raise InputError(f"{self.path}: another process is training there") from None
         except (ImportError, OSError):  # Windows; a file system without locks
@@ -92,11 +91,11 @@ class RunFolder:
     # --- log and samples
 
     def log(self, row: dict[str, float]) -> None:
-        """Append a step to log.csv and print it. The loss is not printed: on-policy it is about 0."""
+        """Append a step to log.csv and print it, without the loss: on-policy it is about 0."""
         if self.writes:
             with open(self.path / "log.csv", "a", newline="", encoding="utf-8") as file:
-                columns = [*COLUMNS, *(name for name in row if name not in COLUMNS)]
-                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                columns = dict.fromkeys([*COLUMNS, *row])  # each name once
+                writer = csv.DictWriter(file, list(columns), lineterminator="\n")
                 if not file.tell():
                     writer.writeheader()
                 writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -108,7 +107,7 @@ class RunFolder:
         say(line.format(**row))
 
     def write_samples(self, name: str, step: int, rollouts, which: Iterable[int]) -> str:
-        """Append these of a step's rollouts to the file `name`. Returns the new text."""
+        """Append the rollouts numbered `which` to the file `name`. Returns the new text."""
         new = ""
         for i in which:
             instance, score = rollouts.instances[i // self.settings.group_size], rollouts.scores[i]
@@ -130,10 +129,10 @@ class RunFolder:
         return sorted(self.path.glob(f"saves/{phase}-" + "[0-9]" * 6))
 
     def save(self, agent, optimizer, phase: str, step: int, best: float = -1.0, best_step: int = 0) -> None:
-        """Write a save, show it in checkpoint/, then delete the phase's oldest. Every rank must call this.
+        """Write a save, show it in checkpoint/, delete the phase's oldest. Every rank must call this.
 
-        `best` and `best_step`: the best validation so far. OSError where it cannot be written, SystemExit
-        where the weights are not finite: earlier saves stay as they are.
+        `best` and `best_step`: the best validation so far. OSError if the save cannot be written, SystemExit
+        if the weights are not finite; earlier saves stay as they are.
         """
         if not all(p.isfinite().all() for p in agent.model.parameters()):
             raise SystemExit(f"{phase}, step {step}: weights are not finite, and are not saved; lower the "
@@ -143,9 +142,7 @@ class RunFolder:
             return
         part, save = (self.path / "saves" / name for name in (".part", f"{phase}-{step:06d}"))
         state = {"step": step, "best": best, "best_step": best_step}
-        for name in LOGS:
-            if (self.path / name).exists():
-                state[name] = (self.path / name).stat().st_size
+        state |= {log.name: log.stat().st_size for log in self.path.iterdir() if log.name in LOGS}
         for unfinished in (part, save):  # left by a run that was killed while it saved
             shutil.rmtree(unfinished, ignore_errors=True)
         try:
@@ -154,10 +151,8 @@ class RunFolder:
             save_adapter(agent.model, part / "adapter", self.settings.model)
             save_file(tensors, part / "state/optimizer.safetensors")
             (part / "state/state.json").write_text(json.dumps(state), encoding="utf-8")
-            umask = os.umask(0)  # the only way to ask for it
-            os.umask(umask)
-            for file in part.glob("*/*"):  # safetensors writes its files for their owner alone
-                file.chmod(0o666 & ~umask)
+            for file in part.glob("*/*"):  # safetensors lets only the owner read its files
+                shutil.copymode(part / "state/state.json", file)
             part.rename(save)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{save} cannot be written ({error}); earlier saves are as they were: go on from "
@@ -165,13 +160,13 @@ class RunFolder:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         self.show(save, best_step)
-        # Saves after this one could not be read. They are written again in their turn.
+        # Saves after this one could not be read. The run will write them again.
         for old in [old for old in self.saves(phase) if old <= save][:-self.settings.keep]:
             if old.name != f"{phase}-{best_step:06d}":
                 shutil.rmtree(old)
 
     def show(self, save: Path, best_step: int) -> None:
-        """Let checkpoint/ and adapter/ have this save's files, best/ the best save's, each in one instant."""
+        """Put this save's files into checkpoint/ and adapter/, and the best save's into best/."""
         shown = {"checkpoint": save / "checkpoint", "adapter": save / "adapter"}
         if best_step:
             shown["best"] = save.with_name(f"{save.name[:-6]}{best_step:06d}") / "checkpoint"
@@ -181,7 +176,7 @@ class RunFolder:
             for file in source.glob("*"):
                 new, old = self.path / f".{file.name}.new", self.path / target / file.name
                 try:
-                    new.unlink(missing_ok=True)
+                    new.unlink(missing_ok=True)  # a killed run may leave it, as a link into a save
                     try:
                         os.link(file, new)
                     except OSError:  # a file system without hard links
@@ -190,40 +185,35 @@ class RunFolder:
                 except OSError as error:  # on Windows, a file that somebody has open
                     say(f"{old} could not be replaced ({error}); the save has it: {file}", file=sys.stderr)
                 finally:
-                    new.unlink(missing_ok=True)  # os.replace leaves it where `old` is the same file already
+                    new.unlink(missing_ok=True)  # os.replace keeps it if both names are links to one file
 
     def load(self, optimizer, phase: str) -> dict:
-        """Read the phase's newest readable save into the optimizer. Returns its state.json, else step 0.
+        """Read the phase's newest readable save into the optimizer. Returns its state.json, or FRESH.
 
-        InputError where there are saves but none can be read, or the ranks do not see the same.
+        InputError if there are saves but none can be read, or if the ranks read different ones.
         """
-        saves, state = self.saves(phase), None
-        for save in reversed(saves):
-            state = read_save(save, optimizer)
-            if state:
-                say(f"--resume: going on from {save}")
-                if self.writes and (phase == "grpo" or not self.saves("grpo")):  # the run's last phase
-                    self.show(save, state["best_step"])
-                break
-        if saves and not state:
+        saves = self.saves(phase)
+        states = ((save, read_save(save, optimizer)) for save in reversed(saves))  # read one by one
+        save, state = next((found for found in states if found[1]), (None, FRESH))
+        if save:
+            say(f"--resume: going on from {save}")
+            if self.writes and (phase == "grpo" or not self.saves("grpo")):  # the run's last phase
+                self.show(save, state["best_step"])
+        elif saves:
             raise InputError(f"--resume: none of {self.path}/saves/{phase}-* can be read")
-        state = state or dict(FRESH)
         if len(set(gather([state["step"]]))) > 1:
             raise InputError(f"--resume: the ranks do not read the same save in {self.path}")
         return state
 
     def rewind(self, state: dict) -> list[dict[str, float]]:
-        """Cut the logs to what they were when this state was saved. Returns the rows of log.csv."""
+        """Cut the logs to their lengths at this save. Returns the rows of log.csv."""
         if self.writes:
-            for file in (self.path / name for name in LOGS if (self.path / name).exists()):
-                os.truncate(file, min(state.get(file.name, 0), file.stat().st_size))
+            for log in [file for file in self.path.iterdir() if file.name in LOGS]:
+                os.truncate(log, min(state.get(log.name, 0), log.stat().st_size))
         gather([])  # no rank reads before that
         log = self.path / "log.csv"
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(lines)]
-
-
-FRESH = {"step": 0, "best": -1.0, "best_step": 0}
 
 
 def read_save(save: Path, optimizer) -> dict | None:
@@ -244,44 +234,43 @@ def read_save(save: Path, optimizer) -> dict | None:
 
 
 class Phase:
-    """A phase of a run ("sft", "grpo"), in a `with` block: resumes it, saves in time, and saves on Ctrl-C.
+    """One phase of a run ("sft", "grpo"), as a `with` block that resumes it, and saves it at Ctrl-C too.
 
         with Phase(folder, "grpo", agent, optimizer) as phase:
             for step in range(phase.step + 1, settings.steps + 1):
                 ...                                  # one update
                 phase.log(row, rollouts)             # or phase.complete(step)
-                phase.save_in_time()
-
-    `folder` may be None: then nothing is saved.
+                phase.save_in_time()                 # nothing is saved if `folder` is None
     """
 
     def __init__(self, folder: RunFolder | None, name: str, agent, optimizer):
         self.folder, self.name, self.agent, self.optimizer = folder, name, agent, optimizer
         state = folder.load(optimizer, name) if folder else FRESH
-        self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
-        self.saved = self.step or -1  # a phase of no steps is saved too
-        self.updates = optimizer.updates
+        self.best, self.best_step = state["best"], state["best_step"]
+        self.saved = state["step"] or -1  # a phase of no steps is saved too
+        self.complete(state["step"])
         self.rows, self.warned = [], set()
         if name == "grpo":
             self.rows = folder.rewind(state)
-            for n in range(len(self.rows) + 1):  # each warning comes once in a run
+            for n in range(len(self.rows) + 1):  # a resumed run does not repeat a warning
                 self.warned |= collapses(self.rows[:n])
 
     def __enter__(self) -> Phase:
         return self
 
     def complete(self, step: int) -> None:
-        """Weights and files are those of this step: from here on it may be saved."""
+        """Mark this step as the one to save: weights and log now both belong to it."""
         self.step, self.updates = step, self.optimizer.updates
 
     def log(self, row: dict[str, float], rollouts) -> None:
-        """Log a complete step. SystemExit if the updates of three steps in a row were not finite."""
+        """Log a step, which completes it. SystemExit after three skipped updates in a row."""
         folder, settings, step = self.folder, self.folder.settings, row["step"]
         folder.log(row)
-        if (step - 1) % settings.samples_every == 0 or step == settings.steps:  # of the first prompt
+        if (step - 1) % settings.samples_every == 0 or step == settings.steps:
             rewards = rollouts.rewards[0].tolist()
             by_reward = sorted(range(len(rewards)), key=rewards.__getitem__)
-            say(folder.write_samples("samples.txt", step, rollouts, (by_reward[-1], by_reward[0])))
+            best_and_worst = by_reward[-1], by_reward[0]  # of the first prompt
+            say(folder.write_samples("samples.txt", step, rollouts, best_and_worst))
         if row["skipped"]:
             folder.write_samples("skipped.txt", step, rollouts, range(len(rollouts.texts)))
         if row.get("eval_ndcg", -1.0) > self.best:  # the first of equals
@@ -296,11 +285,10 @@ class Phase:
                              "look at the rollouts in the run folder's skipped.txt")
 
     def save_in_time(self, last: bool = False) -> None:
-        """Save every --save-every steps, at the best validation so far, and where this step is the `last`."""
-        if self.folder:
-            due = self.step % self.folder.settings.save_every == 0 or self.step == self.best_step
-            if due or last:
-                self.save()
+        """Save every --save-every steps, at the best validation so far, and at the `last` step."""
+        due = last or self.step == self.best_step
+        if self.folder and (due or self.step % self.folder.settings.save_every == 0):
+            self.save()
 
     def save(self) -> None:
         """Save the last complete step."""
@@ -308,29 +296,26 @@ class Phase:
         self.saved = self.step
 
     def __exit__(self, kind, error, traceback) -> None:
-        try:
-            if not self.folder or self.saved >= self.step:
-                return
-            # In the middle of an update, some weights are new and others old. When one of several ranks
-            # stops, they cannot agree to save. After an OSError the disk may be full.
-            may_save = self.updates == self.optimizer.updates and world_size() == 1
-            if error is None:
-                self.save()
-            elif may_save and not isinstance(error, OSError):
-                self.save()
-                say(f"step {self.step} is saved; go on with --resume", file=sys.stderr)
-        finally:
-            self.optimizer.remove_hooks()
+        self.optimizer.remove_hooks()
+        if not self.folder or self.saved >= self.step:
+            return
+        if error is None:
+            self.save()
+        # In the middle of an update, some weights are new and others old. When one of several ranks
+        # stops, they cannot agree to save. After an OSError the disk may be full.
+        elif self.updates == self.optimizer.updates and world_size() == 1 and not isinstance(error, OSError):
+            self.save()
+            say(f"step {self.step} is saved; go on with --resume", file=sys.stderr)
 
 
 def holds_run(path: Path) -> bool:
-    """Whether a run has left something in this folder."""
+    """Whether this folder holds the log or the saves of a run."""
     begun = (path / "log.csv").exists() or (path / "saves").exists()
     return begun and (path / "config.json").exists()
 
 
 def earlier_config(settings) -> dict:
-    """config.json of the run to resume; {} without --resume or a save. InputError if it is another run's."""
+    """config.json of the run to resume, {} if there is none. InputError if a FIXED setting differs."""
     path = Path(settings.out)
     if not settings.resume or not any(path.glob("saves/*-[0-9]*")):
         return {}
@@ -343,16 +328,15 @@ def earlier_config(settings) -> dict:
                          "with another --out")
     for name in FIXED:
         if earlier.get(name) != getattr(settings, name, None):
-            flag = name.replace("_", "-")
-            raise InputError(f"--resume: {path} was begun with --{flag} {earlier.get(name)!r}")
+            option = f"--{name.replace('_', '-')} {earlier.get(name)!r}"
+            raise InputError(f"--resume: {path} was begun with {option}")
     return earlier
 
 
 def collapses(rows: list[dict[str, float]]) -> set[str]:
-    """Signs of a collapse, in words: the mean of the last three rows of the log against the earlier ones.
+    """Signs of a collapse, in words: compares the last three rows' means with those of at least five before.
 
-    At least five earlier rows are needed. Healthy runs of the toy stay far from these bounds; 30 times its
-    learning rate crosses them.
+    Healthy runs of the toy stay far from these bounds; 30 times its learning rate crosses them.
     """
     rows = [row for row in rows if not row["skipped"]]
     if len(rows) < 8:
@@ -362,11 +346,11 @@ def collapses(rows: list[dict[str, float]]) -> set[str]:
         for means, part in ((before, rows[:-3]), (now, rows[-3:])):
             known = [row[name] for row in part if not math.isnan(row[name])]  # a step may have no entropy
             means[name] = statistics.fmean(known) if known else math.nan
-    found = {"the reward is lower by 0.15": now["reward"] < before["reward"] - 0.15,
+    signs = {"the reward is lower by 0.15": now["reward"] < before["reward"] - 0.15,
              "a quarter more of the orders is unchanged": now["unchanged"] > before["unchanged"] + 0.25,
-             "in half of the groups more all rewards are equal":
+             "the share of groups where all rewards are equal is higher by 0.5":
                  now["zero_std_groups"] > before["zero_std_groups"] + 0.5}
     for name in ("length", "entropy"):
-        found[f"the {name} is less than half"] = now[name] < before[name] / 2
-        found[f"the {name} is more than double"] = now[name] > before[name] * 2
-    return {what for what, is_so in found.items() if is_so}
+        signs[f"the {name} is less than half"] = now[name] < before[name] / 2
+        signs[f"the {name} is more than double"] = now[name] > before[name] * 2
+    return {sign for sign, seen in signs.items() if seen}

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from model import Agent, load_agent
-from support import checkpoint
 from support.checkpoint import reading, save_adapter, write_model
 from support.cli import InputError
 from support.lora import add_lora
@@ -293,7 +292,7 @@ def test_the_tokenizer_is_the_folders_own_whatever_class_it_declares(saved, toy,
 
 def test_a_folder_without_a_vocabulary_is_refused(saved, monkeypatch):
     """transformers makes an empty tokenizer where there is none."""
-    monkeypatch.setattr(checkpoint, "check_files", lambda folder: "")  # as for a name on the hub
+    monkeypatch.setattr("model.check_folder", lambda name: "")  # as for a name on the hub
     change(saved / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     (saved / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="its tokenizer has no vocabulary"):
