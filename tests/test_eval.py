@@ -520,15 +520,24 @@ def test_several_runs_show_on_a_terminal_that_they_are_at_work_and_stdout_stays_
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 200, 0, 0))
     shown = subprocess.run(
-        [sys.executable, str(ROOT / "eval.py"), *paths, "-m", "map"], stdout=subprocess.PIPE, stderr=theirs
+        [sys.executable, str(ROOT / "eval.py"), *paths, "-c", "-m", "map"], stdout=subprocess.PIPE,
+        stderr=theirs
     )
     os.write(theirs, b"end")  # so that there is something to read
     said = os.read(ours, 9999)
     os.close(theirs)
     os.close(ours)
-    plain = command(*paths, "-m", "map")
+    plain = command(*paths, "-c", "-m", "map")
     assert shown.stdout == plain.stdout and plain.stdout.count(b"\n") == 6 and not plain.stderr
     assert b"reading:" in said and all(path.encode() in said for path in paths[1:])
+
+
+def test_a_run_that_lacks_judged_queries_is_named_beside_the_table(tmp_path, capsys):
+    qrels, first, _, short = three_runs(tmp_path)
+    trec.main([str(qrels), str(first), str(short), "-m", "map"])
+    assert capsys.readouterr().err == f"{short} lacks 1 of 6 judged queries; -c counts them as 0\n"
+    trec.main([str(qrels), str(first), str(short), "-m", "map", "-c"])
+    assert not capsys.readouterr().err
 
 
 def test_the_table_has_a_row_for_each_run_and_differences_for_each_query(tmp_path, capsysbinary):
