@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from model import Agent, load_agent
 from support.checkpoint import reading, save_adapter, write_model
@@ -110,10 +111,13 @@ def test_a_panic_in_the_tokenizers_library_is_one_line_too(saved):
         load_agent(str(saved), "cpu")
 
 
-def test_only_faults_become_input_errors():
+def test_only_faults_become_input_errors_and_the_librarys_own_warnings_come_back():
+    before = logging.get_verbosity()
     for stop in (KeyboardInterrupt, SystemExit):
         with pytest.raises(stop), reading("m", "config.json"):
+            assert logging.get_verbosity() == logging.ERROR != before
             raise stop
+        assert logging.get_verbosity() == before
 
 
 def test_a_file_that_is_absent_is_named_with_those_that_are_there(saved, refusal):

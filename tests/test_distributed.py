@@ -57,6 +57,13 @@ def run(settings, wrong):
             os.kill(os.getpid(), signal.SIGKILL)
         return honest(self, lr, grad_clip, skip)
     grpo.MasterAdamW.step = step
+    honest_sample = grpo.sample
+    def sample(*arguments, **options):  # the last prompt, which is the last rank's, has the largest logp_diff
+        groups = honest_sample(*arguments, **options)
+        if distributed.rank() == distributed.world_size() - 1:
+            groups[-1][0].logps[0] -= 0.5
+        return groups
+    grpo.sample = sample
     folder = grpo.RunFolder(settings)
     if settings.sft_steps:
         lesson = [([5, 6, 7], [8, 9]), ([7, 5], [4]), ([6] * 4, [3, 3, 3])]
@@ -176,7 +183,7 @@ def test_the_result_does_not_depend_on_the_number_of_ranks(ran, case, number):
         [line.split(",") for line in (run / "log.csv").read_text().splitlines()] for run in (one, several)
     ]
     for name in ("reward", "ndcg", "eval_ndcg", "entropy", "kl", "grad_norm", "length", "zero_std_groups",
-                 "lr"):
+                 "lr", "loss", "logp_diff", "logp_diff_max"):
         column = logs[0][0].index(name)
         a, b = ([float(row[column] or "nan") for row in log[1:]] for log in logs)
         assert a == pytest.approx(b, rel=1e-3, abs=2e-5, nan_ok=True) and len(a) >= 2, name

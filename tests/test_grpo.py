@@ -216,13 +216,15 @@ def test_random_rewards_have_nothing_to_do_with_the_answers_and_differ_from_step
     first, second = (rewards(step, reward="random") for step in (1, 2))
     assert first.shape == (2, 3) and not torch.equal(first, second)
     assert torch.equal(first, rewards(1, reward="random"))
+    assert not torch.equal(first, rewards(1, reward="random", seed=1))
     assert torch.equal(rewards(1), torch.full((2, 3), 0.5))
 
 
 def test_the_log_describes_the_rollouts(toy, monkeypatch):
     """Two answers to a window with labels 0, 3: the better order, and the order as it was, cut off."""
     texts = ["<think> x </think> <answer> [2] > [1] </answer>", "<answer> [1] > [2] </answer>"]
-    monkeypatch.setattr(grpo, "sample", lambda *_: [[Completion([5] * 8, True), Completion([5] * 4, False)]])
+    answers = [Completion([5] * 8, True), Completion([5] * 4, False)]
+    monkeypatch.setattr(grpo, "sample", lambda *_, **options: [answers])
     monkeypatch.setattr(Agent, "decode", lambda self, completion: texts[len(completion.ids) == 4])
     settings = toy_settings(group_size=2)
     rollouts = grpo.sample_rollouts(toy, one_window(), settings, 1)
@@ -251,8 +253,8 @@ def test_the_log_says_how_far_the_sampler_is_from_the_trainer(toy, tmp_path, mon
     assert 0 < float(row["logp_diff"]) <= float(row["logp_diff_max"]) < 1e-5
     honest = grpo.sample
 
-    def shifted(*arguments):
-        groups = honest(*arguments)
+    def shifted(*arguments, **options):
+        groups = honest(*arguments, **options)
         groups[0][0].logps[0] -= 0.5
         return groups
 
@@ -374,8 +376,10 @@ def test_a_tiny_model_learns_what_is_rewarded(toy, tmp_path):
 def test_the_sampled_ids_are_trained_on_and_not_the_text_encoded_again(toy, tmp_path, monkeypatch):
     # Decodes to a text whose encoding is other ids: <|pad|> stands for every unknown word too.
     odd = [7, 0, 9, 1]
-    monkeypatch.setattr(grpo, "sample",
-                        lambda model, prompts, group, *_: [[Completion(odd, True)] * group] * len(prompts))
+    def always_odd(model, prompts, group_size, **_):
+        return [[Completion(odd, True)] * group_size] * len(prompts)
+
+    monkeypatch.setattr(grpo, "sample", always_odd)
     seen, honest = [], grpo.microbatches
 
     def recorded(model, prompts, answers, *more, **sizes):
@@ -419,6 +423,8 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
 
 def test_validation_is_the_ndcg_of_greedy_reranking(toy):
     candidates, qrels = toy_task(6, 8, 0, held_out=True)
+    for judged in qrels.values():
+        judged["a relevant one that the list lacks"] = 3  # is part of the ideal
     settings = toy_settings(window=5, max_new_tokens=9)
     row = grpo.validate(toy, candidates, qrels, settings)
     reranker, scores = Reranker(toy, "toy", window=5, stride=5, max_new_tokens=9), []
@@ -451,6 +457,14 @@ def test_supervision_teaches_a_tiny_model_an_answer(toy):
     assert sample(toy.model, [prompt], 1, 9, 0.0, [1])[0][0] == Completion(answer, True)
 
 
+def test_the_supervised_loss_is_the_mean_over_all_answer_tokens(toy):
+    batch = [([5, 6, 7], [8, 9]), ([7, 5], [4, 4, 4, 4, 2])]
+    with torch.no_grad():
+        wanted = -torch.cat([full_logps(toy.model, *pair) for pair in batch]).mean()
+    loss = supervised(toy, iter([batch]), 1, 0.0, toy_settings(microbatch_tokens=5))  # two micro-batches
+    assert loss == pytest.approx(float(wanted), rel=1e-5)
+
+
 def test_direct_sft_shows_the_best_order(toy):
     settings = toy_settings(prompts_per_step=1)
     [(prompt, answer)] = next(grpo.best_order_batches(toy, one_window(), settings))
@@ -479,6 +493,19 @@ def test_a_resumed_run_keeps_to_its_data(folder):
     write_instances(folder / "i.jsonl", one_window() * 2)
     with pytest.raises(InputError, match="--resume: .* was trained on other data"):
         grpo.main(arguments(folder, "--resume", "--steps", "3"))
+
+
+def test_a_resumed_run_keeps_to_the_data_that_auto_stood_for(folder, monkeypatch):
+    asked = []
+
+    def chosen(data, qrels, **_):
+        asked.append(data)
+        return one_window(), {"data": ["dl21"], "queries": 1}
+
+    monkeypatch.setattr(grpo, "training_instances", chosen)
+    assert grpo.main(arguments(folder)) == 0
+    assert grpo.main(arguments(folder, "--resume", "--steps", "2")) == 0
+    assert asked == [["auto"], ["dl21"]]
 
 
 def test_a_resumed_run_keeps_the_supervised_model_as_its_reference(folder, monkeypatch):

@@ -171,6 +171,30 @@ def test_flags_set_by_hand_are_obeyed_and_what_cannot_fit_is_refused_with_what_w
         grpo.main(["--model", seven_b, "--plan", "--memory", "79", "--no-offload"])
 
 
+def test_the_reference_counts_where_it_is_needed_and_the_precision_is_the_one_asked_for(capsys, seven_b):
+    for more, gib in {("--beta", "0"): "0.0", ("--beta", "0", "--log-kl"): "14.2", (): "14.2"}.items():
+        assert f"reference model{gib:>18}{gib:>9}" in planned(capsys, seven_b, "--memory", "141", *more)
+    out = planned(capsys, seven_b, "--memory", "400", "--dtype", "float32", "--beta", "0")
+    assert "weights                      28.4     28.4" in out
+
+
+def test_what_is_moved_to_the_host_must_fit_there(seven_b, monkeypatch):
+    config, card = Qwen2Config.from_pretrained(seven_b), torch.device("cuda")
+    host = {"GiB": 128}
+    monkeypatch.setattr(memory, "free_memory",
+                        lambda device: memory.GiB * (79 if device.type == "cuda" else host["GiB"]))
+    chosen, text = plan(config, TrainSettings(), card)
+    assert chosen.offload is True and "79 GiB and 128 in the host are free" in text
+    host["GiB"] = 60
+    with pytest.raises(InputError, match="79 GiB and 60 in the host are free"):
+        plan(config, TrainSettings(), card)
+
+
+def test_a_cpu_has_no_second_memory_to_move_anything_to(toy):
+    settings = TrainSettings(offload=True, max_new_tokens=8, max_prompt_tokens=504)
+    assert plan(toy.model.config, settings, torch.device("cpu"))[0].offload is False
+
+
 def test_processes_on_a_cpu_share_its_memory(toy, monkeypatch):
     """What fits twice into a card's memory does not fit twice into the machine's."""
     config = toy.model.config

@@ -37,10 +37,11 @@ def test_a_second_optimizer_can_take_over_the_model():
     assert second.grad_sums[weight].item() == 2 and second.step(1e-3, 1e9) == 2
 
 
-def test_float32_training_is_torchs_adamw_with_the_gradient_clipped(model):
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
+def test_float32_training_is_torchs_adamw_with_the_gradient_clipped(model, betas):
     other = copy.deepcopy(model)
-    ours = MasterAdamW(list(model.parameters()), weight_decay=0.01)
-    theirs = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.01)
+    ours = MasterAdamW(list(model.parameters()), weight_decay=0.1, betas=betas)
+    theirs = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.1, betas=betas)
     for step in range(3):
         for m in (model, other):
             m(torch.tensor(random_prompts(9))).logits.square().mean().mul(10**step).backward()

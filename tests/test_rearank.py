@@ -438,6 +438,19 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch
         rearank.main([*options, "--output", str(tmp_path / "killed"), "--resume", "--seed", "1"])
 
 
+def test_a_run_that_stopped_after_any_line_is_resumed_to_the_same_bytes(toy, tmp_path):
+    write_candidates(tmp_path / "c.jsonl", toy_task(3, 5, seed=0)[0])
+    settings, files = settings_of(tmp_path, max_num_seqs=1, window=3, stride=2), ("r", "r.jsonl")
+    rerank_file(settings, toy)
+    whole = [(tmp_path / name).read_bytes() for name in files]
+    lines = whole[1].splitlines(True)
+    assert len(lines) == 3 * (1 + 2)
+    for kept in range(len(lines) + 1):
+        (tmp_path / "r.jsonl").write_bytes(b"".join(lines[:kept]))
+        rerank_file(dataclasses.replace(settings, resume=True), toy)
+        assert [(tmp_path / name).read_bytes() for name in files] == whole, kept
+
+
 def test_a_run_with_a_limit_is_continued_by_resume_without_it(tmp_path, toy):
     write_candidates(tmp_path / "c.jsonl", toy_task(4, 5, seed=0)[0])
     settings = settings_of(tmp_path, max_num_seqs=2, limit=2)

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -336,6 +337,16 @@ def test_a_save_that_cannot_be_read_is_named_and_the_one_before_it_used(tmp_path
         assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+def test_ranks_that_do_not_read_the_same_save_do_not_go_on(toy, tmp_path, monkeypatch):
+    """Each on a machine with a disk of its own, of which one has lost the newest save."""
+    settings = quick(tmp_path)
+    train(toy, one_window(), settings, RunFolder(settings))
+    again = RunFolder(dataclasses.replace(settings, resume=True))
+    monkeypatch.setattr(run_folder, "gather", lambda steps: [*steps, 1])
+    with pytest.raises(InputError, match="--resume: the ranks do not read the same save in "):
+        again.load(MasterAdamW(toy.model.parameters()), "grpo")
+
+
 def test_a_save_is_not_deleted_for_a_later_one_that_cannot_be_read(tmp_path):
     settings = quick(tmp_path, steps=6, save_every=3, reward="random")
     train(toy_agent(0), one_window(), settings, RunFolder(settings))
@@ -594,6 +605,28 @@ def test_the_refusal_of_an_old_run_is_one_line_with_status_2(tmp_path):
 
 
 # --- the log
+
+
+def test_what_a_killed_run_has_logged_after_its_last_save_is_cut(toy, tmp_path):
+    run, settings = tmp_path / "run", quick(tmp_path, reward="random")
+    train(toy, one_window(), settings, RunFolder(settings))
+    before = {name: (run / name).read_bytes() for name in ("log.csv", "samples.txt")}
+    for name in (*before, "skipped.txt"):  # the last was not there yet
+        with open(run / name, "a") as file:
+            file.write("left by a step that is not in the save\n")
+    again = dataclasses.replace(settings, resume=True)
+    train(toy, one_window(), again, RunFolder(again))
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert (run / "skipped.txt").read_bytes() == b""
+
+
+def test_the_samples_are_the_best_and_the_worst_answer_to_the_first_prompt(toy, tmp_path):
+    settings = quick(tmp_path, reward="random", steps=1, prompts_per_step=2)
+    other = dataclasses.replace(one_window()[0], qid="other")
+    train(toy, [*one_window(), other], settings, RunFolder(settings))
+    rewards = torch.rand((2, 8), generator=torch.Generator().manual_seed(1))[0]  # --reward random's
+    found = re.findall(r"    reward (\S+), ", (tmp_path / "run/samples.txt").read_text())
+    assert found == [f"{rewards.max():+.3f}", f"{rewards.min():+.3f}"]
 
 
 def test_small_numbers_survive_in_the_log(tmp_path):
