@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         axes.axhline(height, color="black", linewidth=0.8, linestyle=":")
         axes.annotate(text, (1, height), xytext=(0, 3), textcoords="offset points", fontsize=8)
     axes.set(xlabel="GRPO step", ylabel="share of the possible gain\nin NDCG@10", ylim=(None, 1.12))
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.3), fontsize=9)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.06), fontsize=9)
     figure.tight_layout()
     figure.savefig(settings.output, dpi=120)
     print(f"written to {settings.output}")
