@@ -123,6 +123,15 @@ def test_an_answer_that_is_all_in_the_reasoning_field_is_read(server, reasoning,
     assert window.finished == (finish == "stop")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_long_answer_is_read_to_its_end(server, packed):
+    thought = "wax " * 50_000
+    body = json.dumps(answer(f"<think> {thought} </think> <answer> [2] > [1] </answer>")).encode()
+    body, head = (gzip.compress(body), {"Content_Encoding": "gzip"}) if packed else (body, {})
+    window = first_window(server, lambda handler: handler.send(200, body, **head))
+    assert (window.status, window.order, window.reasoning) == ("ok", [1, 0], thought.strip())
+
+
 def test_reading_the_reasoning_field_is_linear(server):
     for text in ("1" * 8000, "[" * 8000, "[1" * 8000, "[1] > " * 8000, "[1]" + " " * 8000):
         began = time.perf_counter()

@@ -490,6 +490,17 @@ def test_a_run_is_not_resumed_with_another_setting_and_the_setting_is_named(tmp_
     assert (tmp_path / "r.jsonl").read_bytes() == before
 
 
+def test_a_file_that_holds_parts_of_two_runs_is_not_resumed(tmp_path, toy):
+    write_candidates(tmp_path / "c.jsonl", toy_task(2, 4, seed=0)[0])
+    lines = {}
+    for seed in (0, 1):
+        rerank_file(settings_of(tmp_path, seed=seed, max_num_seqs=1), toy)
+        lines[seed] = (tmp_path / "r.jsonl").read_bytes().splitlines(True)
+    (tmp_path / "r.jsonl").write_bytes(b"".join(lines[0][:2] + lines[1][2:]))
+    with pytest.raises(InputError, match="begun with --seed 1"):
+        rerank_file(settings_of(tmp_path, max_num_seqs=1, resume=True), toy)
+
+
 def test_a_run_is_not_resumed_with_another_input(tmp_path, toy):
     write_candidates(tmp_path / "c.jsonl", toy_task(1, 4, seed=0)[0])
     settings = settings_of(tmp_path)
