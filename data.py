@@ -32,9 +32,10 @@ from reward import ndcg
 from support.cli import InputError, command_line, refuse, run_main, setting
 from support.download import TABLE_1, WINDOWS, cache_folder, download
 # Not all of these are used here: `from data import read_run` and the like work as well.
-from support.files import (TEXT_FIELDS, UTF8, Candidates, Instance, judged_labels, read_candidates,
-                           read_instances, read_qrels, read_records, read_run, read_text, text_field,
-                           trec_id, write_candidates, write_instances, write_qrels, write_run)
+from support.files import (TEXT_FIELDS, Candidates, Instance, judged_labels, read_candidates, read_instances,
+                           read_qrels, read_records, read_run, text_field, trec_id, write_candidates,
+                           write_instances, write_qrels, write_run)
+from support.streams import UTF8, read_text
 
 # ------------------------------------------------------------------------------------------------------------
 # Initial state expansion (paper section 3.2)

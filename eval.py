@@ -6,9 +6,8 @@
     python eval.py --bright RUNS_FOLDER            BRIGHT's headline: NDCG@10 of the splits and their mean
 
 The paper's tables show ndcg_cut_10 x 100. How it works: `judge` sorts each query's documents and notes the
-ranks of those with a judgement. Each measure is then a few lines of numpy over the judged documents of all
-queries. Sums are plain and in trec_eval's order (by rank, then by query), so that the last digit is the same.
-(From Python 3.12 on, sum() compensates for rounding, so it is not used.)
+ranks of those with a judgement. Each measure is then a few lines for one query. Sums are plain and in
+trec_eval's order (by rank, then by query), so that the last digit is the same.
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ import math
 import numbers
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from data import BRIGHT_SPLITS, bright_file, read_excluded
 from support.cli import InputError, command_line, run_main, setting
 from support.download import cache_folder
-from support.files import UTF8, read_qrels, read_run, read_trec
+from support.files import read_qrels, read_run, read_trec
+from support.streams import UTF8
 
 # ------------------------------------------------------------------------------------------------------------
 # The ranks and labels of the judged documents
@@ -34,114 +34,115 @@ from support.files import UTF8, read_qrels, read_run, read_trec
 
 @dataclasses.dataclass
 class Judged:
-    """A run as the measures see it: Q queries, m retrieved documents with a judgement, p judgements in all.
-    Documents without a judgement need no rows: they only push others down. Labels below 0 are left out."""
+    """One query of a run, as the measures see it. Documents without a judgement need no entry: they only push
+    others down. Labels below 0 are neither relevant nor, for bpref, nonrelevant."""
 
-    qids: list[bytes]        # (Q) evaluated queries, in byte order
-    num_ret: np.ndarray      # (Q,) documents retrieved
-    query: np.ndarray        # (m,) 0..Q-1, rising
-    rank: np.ndarray         # (m,) 1 for the best, rising inside a query
-    label: np.ndarray        # (m,) >= 0
-    pool_query: np.ndarray   # (p,) the judgements of these queries, retrieved or not
-    pool_label: np.ndarray   # (p,) >= 0, falling inside a query: the best possible ranking
-    level: int               # the least label that counts as relevant
+    num_ret: int                   # documents retrieved
+    found: list[tuple[int, int]]   # (rank, label) of those with a judgement, by rank; 1 is the best
+    pool: list[int]                # labels of all the query's judgements, falling: the best possible ranking
+    level: int                     # the least label that counts as relevant, at least 0
 
 
-def judge(qrels: dict[bytes, dict[bytes, int]], run: dict[bytes, dict[bytes, float]], level: int) -> Judged:
-    """Rank {qid: {docid: score}} and look up {qid: {docid: label}}, for the queries that both have.
+def judge(qrels: dict[bytes, dict[bytes, int]], run: dict[bytes, dict[bytes, float]],
+          level: int) -> dict[bytes, Judged]:
+    """Rank {qid: {docid: score}} and look up {qid: {docid: label}}, for the queries of both, in byte order.
 
     Documents are ordered as in trec_eval: by falling score, equal scores by falling docid (as bytes).
     """
-    qids, found, pool = sorted(qrels.keys() & run.keys()), [], []  # (query, rank, label) and (query, label)
-    for number, qid in enumerate(qids):
+    judged = {}
+    for qid in sorted(qrels.keys() & run.keys()):
         labels = qrels[qid]
-        for rank, (_, docid) in enumerate(sorted(zip(run[qid].values(), run[qid]), reverse=True), 1):
-            if labels.get(docid, -1) >= 0:
-                found.append((number, rank, labels[docid]))
-        pool += [(number, label) for label in sorted(labels.values(), reverse=True) if label >= 0]
-    query, rank, label = np.array(found, np.int64).reshape(-1, 3).T
-    pool_query, pool_label = np.array(pool, np.int64).reshape(-1, 2).T
-    num_ret = np.array([len(run[qid]) for qid in qids], np.int64)
-    return Judged(qids, num_ret, query, rank, label, pool_query, pool_label, level)
+        ranking = enumerate(sorted(zip(run[qid].values(), run[qid]), reverse=True), 1)
+        found = [(rank, labels[docid]) for rank, (_, docid) in ranking if docid in labels]
+        judged[qid] = Judged(len(run[qid]), found, sorted(labels.values(), reverse=True), max(level, 0))
+    return judged
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The measures: Judged and a cutoff in, (Q,) float64 out
+# The measures of one query: Judged and a cutoff in, a number out
 
 EVERYTHING = sys.maxsize  # the cutoff of a measure that has none
 
 
-def places(query: np.ndarray) -> np.ndarray:
-    """(n,): number the rows of each query 1, 2, 3, ... Rows of a query are neighbours."""
-    at = np.arange(len(query))
-    first = np.where(np.append(True, query[1:] != query[:-1])[:len(query)], at, 0)
-    return at - np.maximum.accumulate(first) + 1
+def plain_sum(values: Iterable[float]) -> float:
+    """Add from left to right, as trec_eval does. (From Python 3.12 on, sum() compensates for rounding.)"""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
-def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, or 0 where the whole is 0: a query without relevant documents has 0 in all measures."""
-    return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
+def share(part: float, whole: float) -> float:
+    """part / whole, or 0 if the whole is 0: a query without relevant documents has 0 in all measures."""
+    return part / whole if whole else 0.0
 
 
-def num_rel(j: Judged, k: int = EVERYTHING) -> np.ndarray:
+def num_rel(j: Judged, k: int = EVERYTHING) -> int:
     """R, the relevant documents of the query, retrieved or not."""
-    return np.bincount(j.pool_query[j.pool_label >= j.level], minlength=len(j.qids)).astype(float)
+    return sum(label >= j.level for label in j.pool)
 
 
-def num_rel_ret(j: Judged, k: int) -> np.ndarray:
+def relevant_ranks(j: Judged, k: int) -> list[int]:
+    """The ranks of the relevant documents among the first k, rising."""
+    return [rank for rank, label in j.found if label >= j.level and rank <= k]
+
+
+def num_rel_ret(j: Judged, k: int) -> int:
     """Relevant documents among the first k."""
-    return np.bincount(j.query[(j.label >= j.level) & (j.rank <= k)], minlength=len(j.qids)).astype(float)
+    return len(relevant_ranks(j, k))
 
 
-def reciprocal_rank(j: Judged, k: int) -> np.ndarray:
+def reciprocal_rank(j: Judged, k: int) -> float:
     """1 / rank of the first relevant document."""
-    query, rank = j.query[j.label >= j.level], j.rank[j.label >= j.level]
-    first = places(query) == 1
-    return np.bincount(query[first], 1 / rank[first], len(j.qids))
+    ranks = relevant_ranks(j, k)
+    return 1 / ranks[0] if ranks else 0.0
 
 
-def average_precision(j: Judged, k: int) -> np.ndarray:
+def average_precision(j: Judged, k: int) -> float:
     """The precision at the rank of each relevant document (0 if not among the first k), averaged over R."""
-    query, rank = j.query[j.label >= j.level], j.rank[j.label >= j.level]
-    found = rank <= k
-    return share(np.bincount(query[found], (places(query) / rank)[found], len(j.qids)), num_rel(j))
+    precisions = [n / rank for n, rank in enumerate(relevant_ranks(j, k), 1)]
+    return share(plain_sum(precisions), num_rel(j))
 
 
-def bpref(j: Judged, k: int) -> np.ndarray:
+def bpref(j: Judged, k: int) -> float:
     """For each relevant document, how few of the first R judged nonrelevant ones are ranked above it."""
-    relevant = j.label >= j.level
-    query = j.query[relevant]
-    above = places(j.query)[relevant] - places(query)  # judged nonrelevant documents ranked higher
-    R, N = num_rel(j), np.bincount(j.pool_query[j.pool_label < j.level], minlength=len(j.qids))
-    good = 1 - share(np.minimum(above, R[query]), np.minimum(N, R)[query])
-    return share(np.bincount(query, good, len(j.qids)), R)
+    R, N = num_rel(j), sum(0 <= label < j.level for label in j.pool)
+    above, good = 0, []  # judged nonrelevant documents so far; a value for each relevant document
+    for _, label in j.found:
+        if label >= j.level:
+            good.append(1 - share(min(above, R), min(N, R)))
+        elif label >= 0:
+            above += 1
+    return share(plain_sum(good), R)
 
 
-def normalized_dcg(j: Judged, k: int) -> np.ndarray:
-    """The sum of label / log2(1 + rank) over the first k, divided by that of the best possible ranking.
+def dcg(ranking: Iterable[tuple[int, int]], k: int) -> float:
+    """The sum of label / log2(1 + rank) over the first k of these (rank, label), whatever `level` is."""
+    return plain_sum(label / math.log2(1 + rank) for rank, label in ranking if rank <= k and label > 0)
 
-    The gain is the label itself, whatever `level` is. The best ranking has all judged documents, retrieved or
-    not. (This is reward.ndcg for all queries at once; numpy's log2 differs from math's in some last bits.)
-    """
-    def dcg(query, rank, label):
-        query, rank, label = (column[(rank <= k) & (label > 0)] for column in (query, rank, label))
-        discount = np.array([math.log2(1 + r) for r in range(1, rank.max(initial=0) + 1)])
-        return np.bincount(query, label / discount[rank - 1], len(j.qids))
 
-    return share(dcg(j.query, j.rank, j.label), dcg(j.pool_query, places(j.pool_query), j.pool_label))
+def normalized_dcg(j: Judged, k: int) -> float:
+    """DCG divided by that of the best possible ranking, which has all judged documents, retrieved or not."""
+    return share(dcg(j.found, k), dcg(enumerate(j.pool, 1), k))
+
+
+def share_judged(j: Judged, k: int) -> float:
+    """The share of the first k with a judgement, as ir_measures' Judged@k: of all if fewer were retrieved."""
+    return share(sum(rank <= k for rank, _ in j.found), min(k, j.num_ret))
 
 
 CUTS = (5, 10, 15, 20, 30, 100, 200, 500, 1000)
-MEASURES: dict[str, tuple[Callable[[Judged, int], np.ndarray], tuple[int, ...]]] = {
+MEASURES: dict[str, tuple[Callable[[Judged, int], float], tuple[int, ...]]] = {
     # in trec_eval's order: the function, and its cutoffs if none are named
-    "num_q": (lambda j, k: np.ones(len(j.qids)), ()),
-    "num_ret": (lambda j, k: j.num_ret.astype(float), ()),
+    "num_q": (lambda j, k: 1, ()),
+    "num_ret": (lambda j, k: j.num_ret, ()),
     "num_rel": (num_rel, ()), "num_rel_ret": (num_rel_ret, ()),
     "map": (average_precision, ()), "bpref": (bpref, ()), "recip_rank": (reciprocal_rank, ()),
     "P": (lambda j, k: num_rel_ret(j, k) / k, CUTS),  # over k also where fewer than k were retrieved
     "recall": (lambda j, k: share(num_rel_ret(j, k), num_rel(j)), CUTS),
     "ndcg": (normalized_dcg, ()), "ndcg_cut": (normalized_dcg, CUTS), "map_cut": (average_precision, CUTS),
-    "success": (lambda j, k: (num_rel_ret(j, k) > 0).astype(float), (1, 5, 10))}
+    "success": (lambda j, k: num_rel_ret(j, k) > 0, (1, 5, 10)),
+    "judged": (share_judged, CUTS)}  # not trec_eval's
 COUNTS = ("num_q", "num_ret", "num_rel", "num_rel_ret")  # summed, not averaged, and printed as integers
 INTERVAL = ("mean", "low", "high")
 DEFAULT = ("ndcg_cut.10", "map", "recip_rank", "recall.100", "P.10")
@@ -173,11 +174,12 @@ def parse_measures(names: Sequence[str], merge: bool = True) -> dict[str, list[i
         if measure not in MEASURES:
             hint = did_you_mean(name) or f": expected {' '.join(MEASURES)}"
             raise InputError(f"unknown measure {name!r}{hint}")
-        is_list = MEASURES[measure][1] and re.fullmatch(r"0*[1-9][0-9]{0,8}(,0*[1-9][0-9]{0,8})*", text)
+        if point and not MEASURES[measure][1]:
+            raise InputError(f"measure {name!r}{did_you_mean(name)}")
+        is_list = re.fullmatch(r"0*[1-9][0-9]{0,8}(,0*[1-9][0-9]{0,8})*", text)
         cutoffs = [int(cut) for cut in text.split(",")] if is_list else []
-        if point and not 0 < len(cutoffs) == len(set(cutoffs)):
-            hint = ": expected cutoffs above 0, each once, as in P.5,10; or none"
-            raise InputError(f"measure {name!r}{hint if MEASURES[measure][1] else did_you_mean(name)}")
+        if point and not is_list or len(set(cutoffs)) < len(cutoffs):
+            raise InputError(f"measure {name!r}: expected cutoffs above 0, each once, as in P.5,10; or none")
         lists.setdefault(measure, []).append(cutoffs)
     chosen = {}
     for measure in [measure for measure in MEASURES if measure in lists]:
@@ -191,12 +193,12 @@ def parse_measures(names: Sequence[str], merge: bool = True) -> dict[str, list[i
     return chosen
 
 
-def measure_all(judged: Judged, measures: dict[str, list[int]]) -> dict[str, dict[str, float]]:
+def measure_all(judged: dict[bytes, Judged], measures: dict[str, list[int]]) -> dict[str, dict[str, float]]:
     """{qid: {name as trec_eval prints it: value}}, queries in byte order."""
-    columns = {f"{measure}_{k}" if cutoffs else measure: MEASURES[measure][0](judged, k).tolist()
+    columns = {f"{measure}_{k}" if cutoffs else measure: (MEASURES[measure][0], k)
                for measure, cutoffs in measures.items() for k in cutoffs or [EVERYTHING]}
-    return {qid.decode(*UTF8): {name: column[n] for name, column in columns.items()}
-            for n, qid in enumerate(judged.qids)}
+    return {qid.decode(*UTF8): {name: float(function(j, k)) for name, (function, k) in columns.items()}
+            for qid, j in judged.items()}
 
 
 def evaluate(qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]], measures: Sequence[str],
@@ -283,15 +285,15 @@ class EvalSettings:
 
 def evaluate_file(qrels: dict[bytes, dict[bytes, int]], path: str, measures: dict[str, list[int]],
                   settings: EvalSettings) -> dict:
-    """{"run": path, "queries": {qid: {name: value}} in byte order, "totals": the "all" lines' values}.
-    InputError if the run has no query in common with the judgements."""
+    """{"run": path, "queries": {qid: {name: value}} in byte order, "totals": the "all" lines' values,
+    "judged": its judged_10}. InputError if the run has no query in common with the judgements."""
     judged = judge(qrels, read_trec(path, "run"), settings.level)
-    if not judged.qids:
+    if not judged:
         raise InputError(f"{path}: no query in common with {settings.judgements}")
     queries = measure_all(judged, measures)
     num_q, totals = len(qrels) if settings.complete else len(queries), {}
     for name in next(iter(queries.values())):
-        total = float(np.cumsum([row[name] for row in queries.values()])[-1])  # plain, as sum() is not
+        total = plain_sum(row[name] for row in queries.values())
         totals[name] = total if name in COUNTS else total / num_q
     if settings.complete:  # trec_eval then counts the relevant documents of any level
         num_rel = sum(label > 0 for labels in qrels.values() for label in labels.values())
@@ -299,7 +301,8 @@ def evaluate_file(qrels: dict[bytes, dict[bytes, int]], path: str, measures: dic
         totals = {name: counts.get(name, value) for name, value in totals.items()}
     for row in queries.values():
         row.pop("num_q", None)  # trec_eval has no line of it for a query
-    return {"run": path, "queries": queries, "totals": totals}
+    mean_judged = plain_sum(share_judged(j, 10) for j in judged.values()) / len(judged)
+    return {"run": path, "queries": queries, "totals": totals, "judged": mean_judged}
 
 
 def trec_lines(result: dict, queries: bool) -> str:
@@ -307,6 +310,23 @@ def trec_lines(result: dict, queries: bool) -> str:
     rows = [*(result["queries"].items() if queries else ()), ("all", result["totals"])]
     return "".join(f"{name:22s}\t{qid}\t{f'{value:.0f}' if name in COUNTS else f'{value:6.4f}'}\n"
                    for qid, row in rows for name, value in row.items())
+
+
+def warn(results: list[dict], num_q: int, complete: bool) -> None:
+    """Say on stderr why the means of these runs may not compare. `num_q`: queries with judgements."""
+    lacking = [result for result in results if len(result["queries"]) < num_q and not complete]
+    for result in lacking:
+        missing = num_q - len(result["queries"])
+        print(f"{result['run']} lacks {missing} of {num_q} judged queries; -c counts them as 0",
+              file=sys.stderr)
+    if len({tuple(result["queries"]) for result in lacking}) > 1:
+        print("these runs lack different queries: their means do not compare, the paired differences do",
+              file=sys.stderr)
+    shares = [result["judged"] for result in results]
+    if round(max(shares) - min(shares), 9) > 0.05:
+        named = ", ".join(f"{result['run']} {result['judged']:.2f}" for result in results)
+        print(f"judged_10 differs: {named}; documents without a judgement count as not relevant",
+              file=sys.stderr)
 
 
 def progress(items, name: str):
@@ -385,7 +405,7 @@ def bright_table(settings: EvalSettings) -> None:
         print(f"{split:20s}{means[-1]:7.2f}   {len(qrels)} queries")
     if not means:
         raise InputError(f"{settings.bright}: no run of any BRIGHT split (biology.trec, ...)")
-    some = " of 12 only: not comparable with the headline" * (len(means) < 12)
+    some = " of 12 only: not comparable with the headline" if len(means) < 12 else ""
     print(f"{'mean':20s}{sum(means) / len(means):7.2f}   {len(means)} splits{some}")
 
 
@@ -405,11 +425,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(results) == 1 and not settings.json:
         sys.stdout.write(trec_lines(results[0], settings.queries))
         return
-    for result in results:
-        missing = len(qrels) - len(result["queries"])
-        if missing and not settings.complete:
-            print(f"{result['run']} lacks {missing} of {len(qrels)} judged queries; -c counts them as 0",
-                  file=sys.stderr)
+    warn(results, len(qrels), settings.complete)
     rows = compare(results, [qid.decode(*UTF8) for qid in sorted(qrels)], settings)
     table = json.dumps({"qrels": settings.judgements, "runs": rows}, indent=1) + "\n"
     sys.stdout.write(table if settings.json else table_lines(rows))

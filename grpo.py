@@ -32,17 +32,18 @@ from tqdm import tqdm
 
 import toy
 from data import judged_labels, read_candidates, read_qrels, training_instances
-from model import (Agent, Completion, answer_losses, load_agent, load_config, microbatches, padded,
-                   pick_device, sample, token_mask)
+from model import (Agent, Completion, answer_losses, load_agent, load_config, microbatches, padded, sample,
+                   token_mask)
 from prompts import PROMPTS, answer_start, encode_prompt, fit_context, fit_prompt
 from rearank import Reranker
 from reward import Score, ndcg, parse_ranking, score_response
 from support import distributed
 from support.cli import InputError, command_line, refuse, run_main, setting
+from support.device import out_of_memory, peak_mib, pick_device
 from support.distributed import gather, my_share, on_all_ranks, say
 from support.files import Candidates, Instance
 from support.lora import add_lora
-from support.memory import out_of_memory, peak_mib, plan
+from support.memory import plan
 from support.optimizer import MasterAdamW
 from support.run_folder import Phase, RunFolder, earlier_config, holds_run
 
@@ -303,7 +304,7 @@ def train(agent: Agent, instances: list[Instance], settings: TrainSettings, fold
             if held_out and (step % settings.eval_every == 0 or step == settings.steps):
                 row |= validate(agent, *held_out, settings)
             phase.log(row, rollouts)
-            phase.save_in_time()
+            phase.save_if_due()
 
 
 def frozen_copy(model):
@@ -392,7 +393,7 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
                 raise SystemExit(f"{title}, step {step}: the third in a row is not finite; lower --sft-lr")
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             phase.complete(step)
-            phase.save_in_time(last=step == steps)
+            phase.save_if_due()
     return loss
 
 

@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM
 from support.checkpoint import (check_folder, check_tokenizer, load_tokenizer, load_weights, read_config,
                                 reading)
 from support.cli import InputError
-from support.memory import count_parameters, free_memory
+from support.device import free_memory, pick_device
+from support.memory import count_parameters
 
 # cuDNN's attention, torch's first choice on Hopper cards, gave NaN gradients at some lengths (pytorch issue
 # 196678), and it plans anew for every shape it meets, which here is nearly every call.
@@ -662,20 +663,6 @@ def find_stop_ids(model, tokenizer) -> list[int]:
     vocabulary = tokenizer.get_vocab()
     ids |= {vocabulary.get(mark) for mark in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")}
     return sorted(i for i in ids if isinstance(i, int))
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """The named device, or the best there is: cuda, mps, cpu."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if device not in ("auto", *here):
-        raise InputError(f"--device {device}: not to be had here; expected auto or {' or '.join(here)}")
-    return torch.device(here[0] if device == "auto" else device)
-
-
-def has_native_bfloat16() -> bool:
-    """Whether this processor multiplies in bfloat16 (AMX, AVX-512), twice as fast as in float32."""
-    features = getattr(torch.cpu, "get_capabilities", dict)()  # which torch 2.11 lacks
-    return any(there and "bf16" in name for name, there in features.items())
 
 
 def load_config(name: str):

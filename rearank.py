@@ -30,15 +30,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model import Agent, Completion, has_native_bfloat16, load_agent, pick_device, sample
+from model import Agent, Completion, load_agent, sample
 from prompts import (PROMPTS, Shortened, answer_start, build_messages,
                      encode_prompt,  # for `from rearank import encode_prompt`
                      fit_context, fit_prompt)
 from reward import parse_ranking, sentences
 from support.cli import InputError, command_line, refuse, run_main, setting
-from support.files import Candidates, atomic_write, check_run, read_candidates, read_text, write_run
-from support.memory import out_of_memory
+from support.device import has_native_bfloat16, out_of_memory, pick_device
+from support.files import Candidates, check_run, read_candidates, write_run
 from support.openai_client import Answer, Server
+from support.streams import atomic_write, read_text
 
 # ------------------------------------------------------------------------------------------------------------
 # The sliding window

@@ -22,7 +22,8 @@ from pathlib import Path
 from eval import evaluate
 from reward import sentences
 from support.cli import InputError, command_line, run_main, setting
-from support.files import atomic_write, open_bytes, read_qrels, trec_id
+from support.files import read_qrels, trec_id
+from support.streams import atomic_write, open_bytes
 
 # What rearank.py writes: a line for each query, then one for each of its windows, as they were answered.
 QUERY = {"qid": str, "query": str, "docids": list, "texts": list, "order": list}

@@ -31,8 +31,8 @@ from model import Agent
 from rearank import Reranker
 from reward import parse_ranking
 from support.distributed import rank, say
-from support.files import (Candidates, Instance, atomic_write, read_run, write_candidates, write_qrels,
-                           write_run)
+from support.files import Candidates, Instance, read_run, write_candidates, write_qrels, write_run
+from support.streams import atomic_write
 
 # What the toy run sets otherwise than the paper's run (grpo.TrainSettings).
 TOY = {"out": "runs/toy", "prompt": "toy", "window": 6, "draws": 20, "prompts_per_step": 16, "group_size": 16,

@@ -42,8 +42,8 @@ from prompts import encode_prompt
 from rearank import Reranker
 from reward import Score, ndcg, parse_ranking, score_response
 from support.cli import command_line, run_main, setting
-from support.files import atomic_write
 from support.run_folder import RunFolder
+from support.streams import atomic_write
 from toy import (EASY_SHARE, LESSON_PASSAGES, TOY, toy_agent, toy_answer, toy_lessons, toy_task,
                  toy_trace_statistics)
 

@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from bench_grpo import generate, update_by_ids
 from grpo import TrainSettings
-from model import Agent, DecodeBatch, pick_device, read_tokens, sample
+from model import Agent, DecodeBatch, read_tokens, sample
 from support.cli import InputError, command_line, run_main, setting
+from support.device import pick_device
 from support.optimizer import MasterAdamW
 
 

@@ -35,8 +35,9 @@ from plot_toy import smooth
 from prompts import build_messages
 from reward import score_response
 from support.cli import command_line, run_main, setting
-from support.files import Instance, atomic_write
+from support.files import Instance
 from support.optimizer import MasterAdamW
+from support.streams import atomic_write
 from toy import TOY, toy_agent, toy_data, toy_lessons
 
 COLUMNS = ("loop", "seed", "step", "reward", "ndcg", "seconds")

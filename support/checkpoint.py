@@ -11,15 +11,14 @@ from pathlib import Path
 import tokenizers
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.utils import find_adapter_config_file, logging
 
 from support.cli import InputError
 from support.download import hub_answers
-from support.lora import LORA_SCALE, merged_state
-from support.memory import out_of_memory
+from support.device import out_of_memory
+from support.lora import merged_state
 
 # Files read beside config.json. Of the weights and of the vocabulary, transformers reads the first found.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
@@ -229,17 +228,3 @@ def write_model(agent, folder: Path) -> None:
     for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         content.pop("auto_map", None)  # names code in the model's folder, which was neither run nor copied
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
-def save_adapter(model, folder: Path, base: str) -> None:
-    """Write LoRA's A and B, if the model has any, as an adapter of `base` that peft and vLLM can load."""
-    tensors = {f"base_model.model.{name}.weight": p.detach() for name, p in model.named_parameters()
-               if ".lora_" in name}
-    if not tensors:
-        return
-    rank = next(len(x) for name, x in tensors.items() if "lora_A" in name)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-              "lora_alpha": LORA_SCALE * rank, "target_modules": sorted({n.split(".")[-3] for n in tensors})}
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

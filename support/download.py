@@ -19,8 +19,8 @@ from collections import Counter
 from pathlib import Path
 
 from support.cli import InputError
-from support.files import (Instance, atomic_write, candidates_of, judged_labels, read_qrels,
-                           write_instances)
+from support.files import Instance, candidates_of, judged_labels, read_qrels, write_instances
+from support.streams import atomic_write
 
 HUB = "castorini/rank_llm_data/retrieve_results/BM25/retrieve_results_"  # on the hub: owner/data set/file
 LIGHT = "abdoelsayed/reranking-datasets-light/bm25/beir/"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 LORA_SCALE = 2.0  # peft's lora_alpha / r
@@ -44,3 +48,17 @@ def merged_state(model) -> dict[str, Tensor]:
         if isinstance(m, LoRALinear):
             state[f"{name}.weight"] = (m.weight + LORA_SCALE * m.lora_B @ m.lora_A).to(m.weight.dtype).cpu()
     return state
+
+
+def save_adapter(model, folder: Path, base: str) -> None:
+    """Write LoRA's A and B, if the model has any, as an adapter of `base` that peft and vLLM can load."""
+    tensors = {f"base_model.model.{name}.weight": p.detach() for name, p in model.named_parameters()
+               if ".lora_" in name}
+    if not tensors:
+        return
+    rank = next(len(x) for name, x in tensors.items() if "lora_A" in name)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+              "lora_alpha": LORA_SCALE * rank, "target_modules": sorted({n.split(".")[-3] for n in tensors})}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

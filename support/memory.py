@@ -6,42 +6,16 @@ import dataclasses
 import itertools
 import math
 import os
-import sys
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from support import distributed
 from support.cli import InputError
+from support.device import free_memory
 from support.lora import add_lora
 
 GiB = 2**30
-
-
-def free_memory(device: torch.device) -> float:
-    """Free bytes of a GPU, or of the host for other devices (infinite where one cannot ask)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if not (memory := Path("/proc/meminfo")).exists():
-        return float("inf")
-    return int(memory.read_text().split("MemAvailable:")[1].split()[0]) * 1024
-
-
-def peak_mib(device: torch.device) -> float:
-    """The most memory used so far, in MiB: of a GPU if the model is on one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, a GPU's or the host's, has run out."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def count_parameters(config, lora_rank: int = 0) -> int:

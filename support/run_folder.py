@@ -1,7 +1,7 @@
-"""The folder of a training run: log, samples and saves. A killed run can be resumed from it.
+"""The folder of a training run, and its saves. A killed run can be resumed from it.
 
     config.json                the settings
-    log.csv, samples.txt       one row per step; some whole rollouts (skipped.txt: of skipped updates)
+    log.csv, samples.txt       one row per step; some whole rollouts (training_log.py)
     saves/grpo-000100/         one save: checkpoint/ (and adapter/), and state/ for --resume
     checkpoint/, adapter/      the files of the newest save; best/: those of the best save
 
@@ -11,37 +11,24 @@ save, or copies. Each is replaced in one atomic step: it is never missing, and a
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import json
-import math
 import os
 import shutil
-import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.checkpoint import save_adapter, write_model
+from support.checkpoint import write_model
 from support.cli import InputError
 from support.distributed import gather, rank, say, world_size
-from support.files import atomic_write
+from support.lora import save_adapter
+from support.streams import atomic_write
+from support.training_log import TrainingLog, log_files
 
-LOGS = ("log.csv", "samples.txt", "skipped.txt")  # files that grow; a save records their lengths
-COLUMNS = (
-    "step", "reward", "ndcg", "ndcg_init", "ndcg_best", "eval_ndcg", "eval_low", "eval_high", "reward_std",
-    "rank", "format1", "format2", "permutations", "unchanged", "zero_std_groups", "length", "hit_limit",
-    "prompts_shortened", "kl", "entropy", "logp_diff", "logp_diff_max", "grad_norm", "skipped", "lr", "loss",
-    "tokens_per_s", "seconds", "peak_mib")
-LINE = (
-    "step {step:4d}  reward {reward:+.3f}  NDCG@10 {ndcg:.3f} (given {ndcg_init:.3f}, best {ndcg_best:.3f})  "
-    "in-group std {reward_std:.2f}  whole orders {permutations:.0%}  rewards all equal {zero_std_groups:.0%}"
-    "  length {length:.0f}  hit limit {hit_limit:.0%}  entropy {entropy:.2f}  {tokens_per_s:.0f} tok/s  "
-    "{seconds:.1f} s")
 # --resume refuses to change these settings: the result would be another run. The last three are the toy's.
 FIXED = ("model seed prompts_per_step group_size reward prompt window draws order keep_draws min_ndcg "
          "sft_steps sft_lr lora_rank teacher_graded eval_queries eval_seed").split()
@@ -88,42 +75,6 @@ class RunFolder:
         except (ImportError, OSError):  # Windows; a file system without locks
             pass
 
-    # --- log and samples
-
-    def log(self, row: dict[str, float]) -> None:
-        """Append a step to log.csv and print it, without the loss: on-policy it is about 0."""
-        if self.writes:
-            with open(self.path / "log.csv", "a", newline="", encoding="utf-8") as file:
-                columns = dict.fromkeys([*COLUMNS, *row])  # each name once
-                writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-                if not file.tell():
-                    writer.writeheader()
-                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        line = LINE if math.isnan(row["kl"]) else LINE + "  kl {kl:.4f}"
-        if "eval_ndcg" in row:
-            line += "  held out {eval_ndcg:.3f} ({eval_low:.3f} to {eval_high:.3f})"
-        if row["skipped"]:
-            line += "  SKIPPED: loss {loss}, norm {grad_norm}; see skipped.txt"
-        say(line.format(**row))
-
-    def write_samples(self, name: str, step: int, rollouts, which: Iterable[int]) -> str:
-        """Append the rollouts numbered `which` to the file `name`. Returns the new text."""
-        new = ""
-        for i in which:
-            instance, score = rollouts.instances[i // self.settings.group_size], rollouts.scores[i]
-            reward, tokens = float(rollouts.rewards.flatten()[i]), len(rollouts.completions[i].ids)
-            new += (f"--- step {step}, query {instance.qid}: {instance.query}\n"
-                    f"    labels of [1], [2], ...: {instance.labels}\n"
-                    f"    reward {reward:+.3f}, NDCG@10 {score.ndcg:.3f}, "
-                    f"format {score.format1:.0f} {score.format2:.0f}, {tokens} tokens\n"
-                    f"{rollouts.texts[i]}\n\n")
-        if self.writes:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write(new)
-        return new
-
-    # --- saves
-
     def saves(self, phase: str) -> list[Path]:
         """The saves of a phase, the newest last."""
         return sorted(self.path.glob(f"saves/{phase}-" + "[0-9]" * 6))
@@ -142,7 +93,7 @@ class RunFolder:
             return
         part, save = (self.path / "saves" / name for name in (".part", f"{phase}-{step:06d}"))
         state = {"step": step, "best": best, "best_step": best_step}
-        state |= {log.name: log.stat().st_size for log in self.path.iterdir() if log.name in LOGS}
+        state |= {name: path.stat().st_size for name, path in log_files(self.path).items()}
         for unfinished in (part, save):  # left by a run that was killed while it saved
             shutil.rmtree(unfinished, ignore_errors=True)
         try:
@@ -205,16 +156,6 @@ class RunFolder:
             raise InputError(f"--resume: the ranks do not read the same save in {self.path}")
         return state
 
-    def rewind(self, state: dict) -> list[dict[str, float]]:
-        """Cut the logs to their lengths at this save. Returns the rows of log.csv."""
-        if self.writes:
-            for log in [file for file in self.path.iterdir() if file.name in LOGS]:
-                os.truncate(log, min(state.get(log.name, 0), log.stat().st_size))
-        gather([])  # no rank reads before that
-        log = self.path / "log.csv"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(lines)]
-
 
 def read_save(save: Path, optimizer) -> dict | None:
     """Read a save into the optimizer. Returns its state.json; None, and a warning, if it cannot be read."""
@@ -240,7 +181,7 @@ class Phase:
             for step in range(phase.step + 1, settings.steps + 1):
                 ...                                  # one update
                 phase.log(row, rollouts)             # or phase.complete(step)
-                phase.save_in_time()                 # nothing is saved if `folder` is None
+                phase.save_if_due()                  # nothing is saved if `folder` is None
     """
 
     def __init__(self, folder: RunFolder | None, name: str, agent, optimizer):
@@ -249,11 +190,8 @@ class Phase:
         self.best, self.best_step = state["best"], state["best_step"]
         self.saved = state["step"] or -1  # a phase of no steps is saved too
         self.complete(state["step"])
-        self.rows, self.warned = [], set()
         if name == "grpo":
-            self.rows = folder.rewind(state)
-            for n in range(len(self.rows) + 1):  # a resumed run does not repeat a warning
-                self.warned |= collapses(self.rows[:n])
+            self.training_log = TrainingLog(folder.path, folder.settings, lengths=state)
 
     def __enter__(self) -> Phase:
         return self
@@ -264,29 +202,17 @@ class Phase:
 
     def log(self, row: dict[str, float], rollouts) -> None:
         """Log a step, which completes it. SystemExit after three skipped updates in a row."""
-        folder, settings, step = self.folder, self.folder.settings, row["step"]
-        folder.log(row)
-        if (step - 1) % settings.samples_every == 0 or step == settings.steps:
-            rewards = rollouts.rewards[0].tolist()
-            by_reward = sorted(range(len(rewards)), key=rewards.__getitem__)
-            best_and_worst = by_reward[-1], by_reward[0]  # of the first prompt
-            say(folder.write_samples("samples.txt", step, rollouts, best_and_worst))
-        if row["skipped"]:
-            folder.write_samples("skipped.txt", step, rollouts, range(len(rollouts.texts)))
+        self.training_log.add(row, rollouts)
         if row.get("eval_ndcg", -1.0) > self.best:  # the first of equals
-            self.best, self.best_step = row["eval_ndcg"], step
-        self.complete(step)
-        self.rows.append(row)
-        for warning in sorted(collapses(self.rows) - self.warned):
-            say(f"step {step}: WARNING, a collapse? Compared with the earlier steps {warning}.")
-            self.warned.add(warning)
-        if [row["skipped"] for row in self.rows[-3:]] == [1, 1, 1]:
-            raise SystemExit(f"step {step}: the third update in a row that is not finite; lower --lr, or "
-                             "look at the rollouts in the run folder's skipped.txt")
+            self.best, self.best_step = row["eval_ndcg"], row["step"]
+        self.complete(row["step"])
+        if [row["skipped"] for row in self.training_log.rows[-3:]] == [1, 1, 1]:
+            raise SystemExit(f"step {self.step}: the third update in a row that is not finite; lower --lr, "
+                             "or look at the rollouts in the run folder's skipped.txt")
 
-    def save_in_time(self, last: bool = False) -> None:
-        """Save every --save-every steps, at the best validation so far, and at the `last` step."""
-        due = last or self.step == self.best_step
+    def save_if_due(self) -> None:
+        """Save every --save-every steps, and at the best validation so far. (The last step: `__exit__`.)"""
+        due = self.step == self.best_step
         if self.folder and (due or self.step % self.folder.settings.save_every == 0):
             self.save()
 
@@ -331,26 +257,3 @@ def earlier_config(settings) -> dict:
             option = f"--{name.replace('_', '-')} {earlier.get(name)!r}"
             raise InputError(f"--resume: {path} was begun with {option}")
     return earlier
-
-
-def collapses(rows: list[dict[str, float]]) -> set[str]:
-    """Signs of a collapse, in words: compares the last three rows' means with those of at least five before.
-
-    Healthy runs of the toy stay far from these bounds; 30 times its learning rate crosses them.
-    """
-    rows = [row for row in rows if not row["skipped"]]
-    if len(rows) < 8:
-        return set()
-    before, now = {}, {}
-    for name in ("reward", "length", "entropy", "unchanged", "zero_std_groups"):
-        for means, part in ((before, rows[:-3]), (now, rows[-3:])):
-            known = [row[name] for row in part if not math.isnan(row[name])]  # a step may have no entropy
-            means[name] = statistics.fmean(known) if known else math.nan
-    signs = {"the reward is lower by 0.15": now["reward"] < before["reward"] - 0.15,
-             "a quarter more of the orders is unchanged": now["unchanged"] > before["unchanged"] + 0.25,
-             "the share of groups where all rewards are equal is higher by 0.5":
-                 now["zero_std_groups"] > before["zero_std_groups"] + 0.5}
-    for name in ("length", "entropy"):
-        signs[f"the {name} is less than half"] = now[name] < before[name] / 2
-        signs[f"the {name} is more than double"] = now[name] > before[name] * 2
-    return {sign for sign, seen in signs.items() if seen}

@@ -1,6 +1,7 @@
 """Model folders from outside: a fault is one line that names its cause. What we write, others can load."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import quick, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from model import Agent, load_agent
-from support.checkpoint import reading, save_adapter, write_model
+from support.checkpoint import reading, write_model
 from support.cli import InputError
-from support.lora import add_lora
+from support.lora import add_lora, save_adapter
+from support.optimizer import MasterAdamW
+from support.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4000000000\n"
@@ -309,3 +312,24 @@ def test_the_folder_of_a_run_names_the_checkpoint_to_pass(saved, tmp_path, refus
     (tmp_path / "run/config.json").write_text('{"seed": 0}')
     assert refusal(tmp_path / "run") == (
         f"this is the folder of a run of grpo.py; pass {tmp_path / 'run/checkpoint'}")
+
+
+def test_a_checkpoint_has_the_names_that_older_readers_look_for(toy, tmp_path):
+    """transformers 4 takes 10,000 for a rope_theta that it does not find at the top level."""
+    settings, umask = quick(tmp_path), os.umask(0o022)
+    try:
+        RunFolder(settings).save(toy, MasterAdamW(list(toy.model.parameters())), "grpo", 1)
+    finally:
+        os.umask(umask)
+    config = json.loads((tmp_path / "run/checkpoint/config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100.0
+    assert config["torch_dtype"] == "float32"
+    tokenizer = json.loads((tmp_path / "run/checkpoint/tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    files = [*(tmp_path / "run/checkpoint").iterdir(), *(tmp_path / "run/saves").glob("*/state/*")]
+    assert {oct(f.stat().st_mode & 0o777) for f in files} == {"0o644"} and len(files) > 4
+    again = load_agent(str(tmp_path / "run/checkpoint"), "cpu")
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(again.model(ids).logits, toy.model(ids).logits)
+    text = "rain [1] > <answer>"
+    assert again.tokenizer(text)["input_ids"] == toy.tokenizer(text)["input_ids"]

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 import grpo
 from grpo import grpo_loss, train
 from model import load_agent, microbatches, sample
-from support.checkpoint import save_adapter
-from support.lora import LORA_SCALE, LoRALinear, add_lora, merged_state
+from support.lora import LORA_SCALE, LoRALinear, add_lora, merged_state, save_adapter
 from support.memory import count_parameters
 from support.optimizer import MasterAdamW
 from support.run_folder import RunFolder

@@ -2,8 +2,6 @@
 and the toy's, run for real. (tests/test_real_model.py: a real model's, as the system counts it.)"""
 
 import re
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -207,14 +205,3 @@ def test_processes_on_a_cpu_share_its_memory(toy, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(InputError, match="memory for 2 processes"):
         plan(config, settings, torch.device("cpu"))
-
-
-# --- the peak
-
-
-def test_the_scripts_start_where_there_is_no_resource_module():
-    """Windows has none; nothing runs on import anywhere."""
-    code = ("import sys; sys.modules['resource'] = None; import grpo, toy, torch; "
-            "print(grpo.peak_mib(torch.device('cpu')))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "0.0\n"

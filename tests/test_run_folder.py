@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -25,12 +24,14 @@ from support.cli import InputError
 from support.files import write_candidates, write_instances, write_qrels
 from support.lora import add_lora
 from support.optimizer import MasterAdamW
-from support.run_folder import COLUMNS, RunFolder, collapses
+from support.run_folder import RunFolder
+from support.training_log import TrainingLog
 from toy import toy_agent, toy_task
 
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--device cpu --prompt toy --group-size 4 --prompts-per-step 1 --max-new-tokens 6".split()
+EVAL = ("eval_ndcg", "eval_low", "eval_high")
 UNREPEATABLE = ("tokens_per_s", "seconds", "peak_mib")
 
 # Forks a process for each attempt: importing torch twenty times would take minutes.
@@ -236,9 +237,9 @@ def test_ctrl_c_between_the_update_and_its_log_saves_no_step_that_the_log_lacks(
 
     settings = dataclasses.replace(settings, out=str(tmp_path / "broken"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        honest = RunFolder.log
-        patch.setattr(RunFolder, "log",
-                      lambda self, row: interrupted() if row["step"] == 4 else honest(self, row))
+        honest = TrainingLog.add
+        patch.setattr(TrainingLog, "add", lambda self, row, rollouts: interrupted() if row["step"] == 4
+                      else honest(self, row, rollouts))
         train(toy_agent(0), one_window(), settings, RunFolder(settings))
     assert saved_steps(tmp_path / "broken") == ["grpo-000002"]  # weights were of 4
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -404,30 +405,9 @@ def test_a_ruined_policy_stops_the_run_and_is_never_saved(toy, tmp_path):
     assert saved_steps(tmp_path / "run") == ["grpo-000002"]
 
 
-def test_a_checkpoint_has_the_names_that_older_readers_look_for(toy, tmp_path):
-    """transformers 4 takes 10,000 for a rope_theta that it does not find at the top level."""
-    settings, umask = quick(tmp_path), os.umask(0o022)
-    try:
-        RunFolder(settings).save(toy, MasterAdamW(list(toy.model.parameters())), "grpo", 1)
-    finally:
-        os.umask(umask)
-    config = json.loads((tmp_path / "run/checkpoint/config.json").read_text())
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100.0
-    assert config["torch_dtype"] == "float32"
-    tokenizer = json.loads((tmp_path / "run/checkpoint/tokenizer_config.json").read_text())
-    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
-    files = [*(tmp_path / "run/checkpoint").iterdir(), *newest(tmp_path / "run").glob("state/*")]
-    assert {oct(f.stat().st_mode & 0o777) for f in files} == {"0o644"} and len(files) > 4
-    again = load_agent(str(tmp_path / "run/checkpoint"), "cpu")
-    ids = torch.tensor([[5, 6, 7]])
-    torch.testing.assert_close(again.model(ids).logits, toy.model(ids).logits)
-    text = "rain [1] > <answer>"
-    assert again.tokenizer(text)["input_ids"] == toy.tokenizer(text)["input_ids"]
-
-
 def test_the_best_policy_on_held_out_queries_is_kept_and_logged(toy, tmp_path, monkeypatch):
     scores = iter([0.5, 0.7, 0.6])
-    monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(COLUMNS[5:8], next(scores)))
+    monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(EVAL, next(scores)))
     settings = quick(tmp_path, steps=6, eval_every=2, save_every=100, keep=1)
     train(toy, one_window(), settings, RunFolder(settings), held_out=toy_task(2, 3, 0, held_out=True))
     log = list(csv.DictReader(open(tmp_path / "run/log.csv")))
@@ -442,7 +422,7 @@ def test_the_best_policy_on_held_out_queries_is_kept_and_logged(toy, tmp_path, m
 
 def test_the_best_policy_survives_a_worse_validation_after_a_resume(toy, tmp_path, monkeypatch):
     scores = iter([0.7, 0.6, 0.65])
-    monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(COLUMNS[5:8], next(scores)))
+    monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(EVAL, next(scores)))
     held_out = toy_task(2, 3, 0, held_out=True)
     settings = quick(tmp_path, steps=2, eval_every=2, save_every=1, keep=1, reward="random")
     train(toy, one_window(), settings, RunFolder(settings), held_out=held_out)
@@ -461,7 +441,7 @@ def test_the_best_policy_survives_a_worse_validation_after_a_resume(toy, tmp_pat
 def test_what_is_shown_are_real_folders_of_hard_links_into_a_save_and_nothing_else_is_left(toy, tmp_path,
                                                                                           monkeypatch):
     # All validations are equal: the first is the best.
-    monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(COLUMNS[5:8], 0.5))
+    monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(EVAL, 0.5))
     settings = quick(tmp_path, steps=3, eval_every=1, lora_rank=2, reward="random")
     add_lora(toy.model, 2)
     train(toy, one_window(), settings, RunFolder(settings), held_out=toy_task(2, 3, 0, held_out=True))
@@ -493,7 +473,7 @@ def test_without_links_a_run_trains_and_resumes_to_the_same_files(tmp_path, monk
         agent, folder = toy_agent(0), RunFolder(settings)
         add_lora(agent.model, 2)
         step = iter(range(1 + 2 * resume, 5))
-        monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(COLUMNS[5:8], scores[next(step)]))
+        monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(EVAL, scores[next(step)]))
         train(agent, one_window(), settings, folder, held_out=held_out)
 
     run("linked", 4)
@@ -559,7 +539,7 @@ def test_a_resume_shows_the_newest_phase_alone_and_only_after_it_was_read(toy, t
 
 def test_a_resume_shows_the_best_save_too(toy, tmp_path, monkeypatch):
     """A run may be killed after the save of its best policy and before best/ has it."""
-    monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(COLUMNS[5:8], 0.5))
+    monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(EVAL, 0.5))
     settings, held_out = quick(tmp_path, steps=2, eval_every=2), toy_task(2, 3, 0, held_out=True)
     train(toy, one_window(), settings, RunFolder(settings), held_out=held_out)
     best = tmp_path / "run/best/model.safetensors"
@@ -602,76 +582,3 @@ def test_the_refusal_of_an_old_run_is_one_line_with_status_2(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
     assert everything(tmp_path) == before
-
-
-# --- the log
-
-
-def test_what_a_killed_run_has_logged_after_its_last_save_is_cut(toy, tmp_path):
-    run, settings = tmp_path / "run", quick(tmp_path, reward="random")
-    train(toy, one_window(), settings, RunFolder(settings))
-    before = {name: (run / name).read_bytes() for name in ("log.csv", "samples.txt")}
-    for name in (*before, "skipped.txt"):  # the last was not there yet
-        with open(run / name, "a") as file:
-            file.write("left by a step that is not in the save\n")
-    again = dataclasses.replace(settings, resume=True)
-    train(toy, one_window(), again, RunFolder(again))
-    assert {name: (run / name).read_bytes() for name in before} == before
-    assert (run / "skipped.txt").read_bytes() == b""
-
-
-def test_the_samples_are_the_best_and_the_worst_answer_to_the_first_prompt(toy, tmp_path):
-    settings = quick(tmp_path, reward="random", steps=1, prompts_per_step=2)
-    other = dataclasses.replace(one_window()[0], qid="other")
-    train(toy, [*one_window(), other], settings, RunFolder(settings))
-    rewards = torch.rand((2, 8), generator=torch.Generator().manual_seed(1))[0]  # --reward random's
-    found = re.findall(r"    reward (\S+), ", (tmp_path / "run/samples.txt").read_text())
-    assert found == [f"{rewards.max():+.3f}", f"{rewards.min():+.3f}"]
-
-
-def test_small_numbers_survive_in_the_log(tmp_path):
-    folder = RunFolder(quick(tmp_path))
-    row = dict.fromkeys(COLUMNS, 0.0) | {"step": 1, "lr": 2e-7, "kl": 3.25e-9}
-    folder.log(row)
-    folder.log(row | {"step": 2})
-    content = (tmp_path / "run/log.csv").read_bytes()
-    assert content.count(b"2e-07") == 2 and b"3.25e-09" in content and b"\r" not in content
-
-
-def rows(**changes) -> list[dict]:
-    """A log's rows: columns are lists of values, or one value."""
-    base = {"reward": 0.5, "length": 30.0, "entropy": 0.2, "unchanged": 0.1, "zero_std_groups": 0.2,
-            "skipped": 0}
-    steps = max([len(v) for v in changes.values() if isinstance(v, list)], default=20)
-    columns = {name: value if isinstance(value, list) else [value] * steps
-               for name, value in (base | changes).items()}
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
-
-
-@pytest.mark.parametrize("column, healthy, broken, said", [
-    ("reward", 0.4, 0.3, "the reward is lower"), ("unchanged", 0.3, 0.4, "orders is unchanged"),
-    ("zero_std_groups", 0.6, 0.8, "all rewards are equal"),
-    ("length", 16.0, 14.0, "length is less than half"), ("length", 59.0, 61.0, "length is more than double"),
-    ("entropy", 0.11, 0.09, "entropy is less than half"),
-    ("entropy", 0.39, 0.41, "entropy is more than double")])
-def test_a_collapse_is_named(column, healthy, broken, said):
-    usual = rows()[0][column]
-    assert not collapses(rows(**{column: [usual] * 10 + [healthy] * 3}))
-    [found] = collapses(rows(**{column: [usual] * 10 + [broken] * 3}))
-    assert said in found
-    assert not collapses(rows(**{column: [usual] * 4 + [broken] * 3}))  # too early to say
-    assert not collapses(rows(**{column: [usual] * 10 + [broken] * 3, "skipped": [0] * 10 + [1] * 3}))
-    flat = {"entropy": [float("nan")] + ([0.2] * 12 if column != "entropy" else [usual] * 9 + [broken] * 3)}
-    assert collapses(rows(**{column: [usual] * 10 + [broken] * 3} | flat)) == {found}
-
-
-def test_a_warning_comes_once_also_across_a_resume(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_folder, "collapses",
-                        lambda rows: {"the reward is lower"} if len(rows) in (2, 3, 5) else set())
-    settings = quick(tmp_path, steps=4)
-    train(toy, one_window(), settings, RunFolder(settings))
-    warning = "WARNING, a collapse? Compared with the earlier steps the reward is lower."
-    assert capsys.readouterr().out.count(warning) == 1
-    resumed = dataclasses.replace(settings, steps=6, resume=True)
-    train(toy, one_window(), resumed, RunFolder(resumed))
-    assert "WARNING" not in capsys.readouterr().out
