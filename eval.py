@@ -5,13 +5,14 @@
     python eval.py QRELS BM25 RERANKED ...         a table: means, 95 % intervals, tests against the first run
     python eval.py --bright RUNS_FOLDER            BRIGHT's headline: NDCG@10 of the splits and their mean
 
-The paper's tables show ndcg_cut_10 x 100. How it works: `judge` sorts each query's documents and notes the
-ranks of those with a judgement. Each measure is then a few lines for one query. Sums are plain and in
-trec_eval's order (by rank, then by query), so that the last digit is the same.
+The paper's tables show ndcg_cut_10 x 100. How it works: `Query` sorts one query's documents and notes the
+ranks of those with a judgement. Each measure is then a few lines. Sums are plain and in trec_eval's order (by
+rank, then by query), so that the last digit is the same.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import math
@@ -29,39 +30,7 @@ from support.files import read_qrels, read_run, read_trec
 from support.streams import UTF8
 
 # ------------------------------------------------------------------------------------------------------------
-# The ranks and labels of the judged documents
-
-
-@dataclasses.dataclass
-class Judged:
-    """One query of a run, as the measures see it. Documents without a judgement need no entry: they only push
-    others down. Labels below 0 are neither relevant nor, for bpref, nonrelevant."""
-
-    num_ret: int                   # documents retrieved
-    found: list[tuple[int, int]]   # (rank, label) of those with a judgement, by rank; 1 is the best
-    pool: list[int]                # labels of all the query's judgements, falling: the best possible ranking
-    level: int                     # the least label that counts as relevant, at least 0
-
-
-def judge(qrels: dict[bytes, dict[bytes, int]], run: dict[bytes, dict[bytes, float]],
-          level: int) -> dict[bytes, Judged]:
-    """Rank {qid: {docid: score}} and look up {qid: {docid: label}}, for the queries of both, in byte order.
-
-    Documents are ordered as in trec_eval: by falling score, equal scores by falling docid (as bytes).
-    """
-    judged = {}
-    for qid in sorted(qrels.keys() & run.keys()):
-        labels = qrels[qid]
-        ranking = enumerate(sorted(zip(run[qid].values(), run[qid]), reverse=True), 1)
-        found = [(rank, labels[docid]) for rank, (_, docid) in ranking if docid in labels]
-        judged[qid] = Judged(len(run[qid]), found, sorted(labels.values(), reverse=True), max(level, 0))
-    return judged
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The measures of one query: Judged and a cutoff in, a number out
-
-EVERYTHING = sys.maxsize  # the cutoff of a measure that has none
+# The measures of one query
 
 
 def plain_sum(values: Iterable[float]) -> float:
@@ -77,77 +46,70 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def num_rel(j: Judged, k: int = EVERYTHING) -> int:
-    """R, the relevant documents of the query, retrieved or not."""
-    return sum(label >= j.level for label in j.pool)
+class Query:
+    """The ranks (from 1) and labels of one query's judged documents. Each measure is a method, k its cutoff.
+    Documents without a judgement need no entry: they only push others down."""
 
+    def __init__(self, labels: dict[bytes, int], scores: dict[bytes, float], level: int):
+        """Rank {docid: score} as trec_eval does: by falling score, equal scores by falling docid (as bytes).
+        Look up {docid: label}: from `level` on is relevant, below 0 neither relevant nor nonrelevant."""
+        level = max(level, 0)
+        ranking = enumerate(sorted(zip(scores.values(), scores), reverse=True), 1)
+        # (rank, label) of the run and of the best possible ranking, which has all judged documents
+        self.found = [(rank, labels[docid]) for rank, (_, docid) in ranking if docid in labels]
+        self.best = [*enumerate(sorted(labels.values(), reverse=True), 1)]
+        self.relevant = [rank for rank, label in self.found if label >= level]
+        self.nonrelevant = [rank for rank, label in self.found if 0 <= label < level]
+        self.all_relevant = sum(label >= level for label in labels.values())  # retrieved or not
+        self.all_nonrelevant = sum(0 <= label < level for label in labels.values())
+        self.all_retrieved = len(scores)
 
-def relevant_ranks(j: Judged, k: int) -> list[int]:
-    """The ranks of the relevant documents among the first k, rising."""
-    return [rank for rank, label in j.found if label >= j.level and rank <= k]
+    def num_rel_ret(self, k: int) -> int:
+        """Relevant documents among the first k."""
+        return sum(rank <= k for rank in self.relevant)
 
+    def average_precision(self, k: int) -> float:
+        """The precision at each relevant document's rank (0 if not among the first k), averaged over all."""
+        precisions = (n / rank for n, rank in enumerate(self.relevant, 1) if rank <= k)
+        return share(plain_sum(precisions), self.all_relevant)
 
-def num_rel_ret(j: Judged, k: int) -> int:
-    """Relevant documents among the first k."""
-    return len(relevant_ranks(j, k))
+    def bpref(self, k: int) -> float:
+        """For each of the R relevant documents, how few of the first R nonrelevant ones are ranked above."""
+        R, N = self.all_relevant, self.all_nonrelevant
+        above = [bisect.bisect(self.nonrelevant, rank) for rank in self.relevant]  # how many ranks are lower
+        return share(plain_sum(1 - share(min(n, R), min(N, R)) for n in above), R)
 
+    def normalized_dcg(self, k: int) -> float:
+        """The sum of label / log2(1 + rank) over the first k, divided by that of the best possible ranking.
 
-def reciprocal_rank(j: Judged, k: int) -> float:
-    """1 / rank of the first relevant document."""
-    ranks = relevant_ranks(j, k)
-    return 1 / ranks[0] if ranks else 0.0
+        The gain is the label itself, whatever `level` is. The best ranking has all judged documents,
+        retrieved or not. (This is reward.ndcg for a list in which some documents have no label.)
+        """
+        def dcg(pairs):
+            return plain_sum(label / math.log2(1 + rank) for rank, label in pairs if rank <= k and label > 0)
 
+        return share(dcg(self.found), dcg(self.best))
 
-def average_precision(j: Judged, k: int) -> float:
-    """The precision at the rank of each relevant document (0 if not among the first k), averaged over R."""
-    precisions = [n / rank for n, rank in enumerate(relevant_ranks(j, k), 1)]
-    return share(plain_sum(precisions), num_rel(j))
-
-
-def bpref(j: Judged, k: int) -> float:
-    """For each relevant document, how few of the first R judged nonrelevant ones are ranked above it."""
-    R, N = num_rel(j), sum(0 <= label < j.level for label in j.pool)
-    above, good = 0, []  # judged nonrelevant documents so far; a value for each relevant document
-    for _, label in j.found:
-        if label >= j.level:
-            good.append(1 - share(min(above, R), min(N, R)))
-        elif label >= 0:
-            above += 1
-    return share(plain_sum(good), R)
-
-
-def dcg(ranking: Iterable[tuple[int, int]], k: int) -> float:
-    """The sum of label / log2(1 + rank) over the first k of these (rank, label), whatever `level` is."""
-    return plain_sum(label / math.log2(1 + rank) for rank, label in ranking if rank <= k and label > 0)
-
-
-def normalized_dcg(j: Judged, k: int) -> float:
-    """DCG divided by that of the best possible ranking, which has all judged documents, retrieved or not."""
-    return share(dcg(j.found, k), dcg(enumerate(j.pool, 1), k))
-
-
-def share_judged(j: Judged, k: int) -> float:
-    """The share of the first k with a judgement, as ir_measures' Judged@k: of all if fewer were retrieved."""
-    return share(sum(rank <= k for rank, _ in j.found), min(k, j.num_ret))
+    def judged(self, k: int) -> float:
+        """The share of the first k that has a judgement: of all retrieved, if these are fewer than k."""
+        return share(sum(rank <= k for rank, _ in self.found), min(k, self.all_retrieved))
 
 
 CUTS = (5, 10, 15, 20, 30, 100, 200, 500, 1000)
-MEASURES: dict[str, tuple[Callable[[Judged, int], float], tuple[int, ...]]] = {
+EVERYTHING = sys.maxsize  # the cutoff of a measure that has none
+MEASURES: dict[str, tuple[Callable[[Query, int], float], tuple[int, ...]]] = {
     # in trec_eval's order: the function, and its cutoffs if none are named
-    "num_q": (lambda j, k: 1, ()),
-    "num_ret": (lambda j, k: j.num_ret, ()),
-    "num_rel": (num_rel, ()), "num_rel_ret": (num_rel_ret, ()),
-    "map": (average_precision, ()), "bpref": (bpref, ()), "recip_rank": (reciprocal_rank, ()),
-    "P": (lambda j, k: num_rel_ret(j, k) / k, CUTS),  # over k also where fewer than k were retrieved
-    "recall": (lambda j, k: share(num_rel_ret(j, k), num_rel(j)), CUTS),
-    "ndcg": (normalized_dcg, ()), "ndcg_cut": (normalized_dcg, CUTS), "map_cut": (average_precision, CUTS),
-    "success": (lambda j, k: num_rel_ret(j, k) > 0, (1, 5, 10)),
-    "judged": (share_judged, CUTS)}  # not trec_eval's
+    "num_q": (lambda q, k: 1, ()), "num_ret": (lambda q, k: q.all_retrieved, ()),
+    "num_rel": (lambda q, k: q.all_relevant, ()), "num_rel_ret": (Query.num_rel_ret, ()),
+    "map": (Query.average_precision, ()), "bpref": (Query.bpref, ()),
+    "recip_rank": (lambda q, k: 1 / q.relevant[0] if q.relevant else 0, ()),
+    "P": (lambda q, k: q.num_rel_ret(k) / k, CUTS),  # over k also where fewer than k were retrieved
+    "recall": (lambda q, k: share(q.num_rel_ret(k), q.all_relevant), CUTS),
+    "ndcg": (Query.normalized_dcg, ()), "ndcg_cut": (Query.normalized_dcg, CUTS),
+    "map_cut": (Query.average_precision, CUTS), "success": (lambda q, k: q.num_rel_ret(k) > 0, (1, 5, 10)),
+    "judged": (Query.judged, CUTS)}  # ir_measures' Judged@k; trec_eval has none
 COUNTS = ("num_q", "num_ret", "num_rel", "num_rel_ret")  # summed, not averaged, and printed as integers
-INTERVAL = ("mean", "low", "high")
 DEFAULT = ("ndcg_cut.10", "map", "recip_rank", "recall.100", "P.10")
-
-
 OTHER_NAMES = {"mrr": "recip_rank", "rr": "recip_rank", "precision": "P", "r": "recall", "hit": "success"}
 
 
@@ -183,29 +145,32 @@ def parse_measures(names: Sequence[str], merge: bool = True) -> dict[str, list[i
         lists.setdefault(measure, []).append(cutoffs)
     chosen = {}
     for measure in [measure for measure in MEASURES if measure in lists]:
-        used, named = lists[measure], [cutoffs for cutoffs in lists[measure] if cutoffs]
-        if not merge:
-            used = named[:1] or [[]]
-            if len(named) > 1:
-                print(f"{measure}: as in trec_eval, only the first list of cutoffs counts (one list: "
-                      f"{measure}.5,10)", file=sys.stderr)
+        named = [cutoffs for cutoffs in lists[measure] if cutoffs]
+        if len(named) > 1 and not merge:
+            print(f"{measure}: as in trec_eval, only the first list of cutoffs counts (one list: "
+                  f"{measure}.5,10)", file=sys.stderr)
+        used = lists[measure] if merge else named[:1] or [[]]
         chosen[measure] = sorted({cut for cutoffs in used for cut in cutoffs or MEASURES[measure][1]})
     return chosen
 
 
-def measure_all(judged: dict[bytes, Judged], measures: dict[str, list[int]]) -> dict[str, dict[str, float]]:
+def judge(qrels: dict[bytes, dict], run: dict[bytes, dict], level: int) -> dict[bytes, Query]:
+    """For the queries that both have, in byte order."""
+    return {qid: Query(qrels[qid], run[qid], level) for qid in sorted(qrels.keys() & run.keys())}
+
+
+def measure_all(judged: dict[bytes, Query], measures: dict[str, list[int]]) -> dict[str, dict[str, float]]:
     """{qid: {name as trec_eval prints it: value}}, queries in byte order."""
     columns = {f"{measure}_{k}" if cutoffs else measure: (MEASURES[measure][0], k)
                for measure, cutoffs in measures.items() for k in cutoffs or [EVERYTHING]}
-    return {qid.decode(*UTF8): {name: float(function(j, k)) for name, (function, k) in columns.items()}
-            for qid, j in judged.items()}
+    return {qid.decode(*UTF8): {name: float(function(query, k)) for name, (function, k) in columns.items()}
+            for qid, query in judged.items()}
 
 
 def evaluate(qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]], measures: Sequence[str],
              level: int = 1) -> dict[str, dict[str, float]]:
     """{qid: {"ndcg_cut_10": value}} for the queries of both {qid: {docid: label}} and {qid: {docid: score}}.
-    InputError for an unknown measure, labels that are no integers, scores of NaN.
-    """
+    InputError for an unknown measure, labels that are no integers, scores of NaN."""
     def encoded(table, kind, expected):
         for value in (value for row in table.values() for value in row.values()):
             if not isinstance(value, kind) or value != value:
@@ -291,7 +256,8 @@ def evaluate_file(qrels: dict[bytes, dict[bytes, int]], path: str, measures: dic
     if not judged:
         raise InputError(f"{path}: no query in common with {settings.judgements}")
     queries = measure_all(judged, measures)
-    num_q, totals = len(qrels) if settings.complete else len(queries), {}
+    num_q = len(qrels) if settings.complete else len(queries)
+    totals = {}
     for name in next(iter(queries.values())):
         total = plain_sum(row[name] for row in queries.values())
         totals[name] = total if name in COUNTS else total / num_q
@@ -301,7 +267,7 @@ def evaluate_file(qrels: dict[bytes, dict[bytes, int]], path: str, measures: dic
         totals = {name: counts.get(name, value) for name, value in totals.items()}
     for row in queries.values():
         row.pop("num_q", None)  # trec_eval has no line of it for a query
-    mean_judged = plain_sum(share_judged(j, 10) for j in judged.values()) / len(judged)
+    mean_judged = plain_sum(query.judged(10) for query in judged.values()) / len(judged)
     return {"run": path, "queries": queries, "totals": totals, "judged": mean_judged}
 
 
@@ -315,18 +281,16 @@ def trec_lines(result: dict, queries: bool) -> str:
 def warn(results: list[dict], num_q: int, complete: bool) -> None:
     """Say on stderr why the means of these runs may not compare. `num_q`: queries with judgements."""
     lacking = [result for result in results if len(result["queries"]) < num_q and not complete]
-    for result in lacking:
-        missing = num_q - len(result["queries"])
-        print(f"{result['run']} lacks {missing} of {num_q} judged queries; -c counts them as 0",
-              file=sys.stderr)
+    lines = [f"{result['run']} lacks {num_q - len(result['queries'])} of {num_q} judged queries; -c counts "
+             "them as 0" for result in lacking]
     if len({tuple(result["queries"]) for result in lacking}) > 1:
-        print("these runs lack different queries: their means do not compare, the paired differences do",
-              file=sys.stderr)
+        lines.append("they lack different queries: their means do not compare, the paired differences do")
     shares = [result["judged"] for result in results]
     if round(max(shares) - min(shares), 9) > 0.05:
         named = ", ".join(f"{result['run']} {result['judged']:.2f}" for result in results)
-        print(f"judged_10 differs: {named}; documents without a judgement count as not relevant",
-              file=sys.stderr)
+        lines.append(f"judged_10 differs: {named}; documents without a judgement count as not relevant")
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def progress(items, name: str):
@@ -342,26 +306,25 @@ def compare(results: list[dict], judged: list[str], settings: EvalSettings) -> l
     def column(queries, name, qids):
         return np.array([queries[qid][name] if qid in queries else 0.0 for qid in qids])
 
+    def interval(values):
+        return dict(zip(("mean", "low", "high"), bootstrap_interval(values, settings.seed)))
+
     rows, first = [], results[0]["queries"]
     for result in results:
-        queries = result["queries"]
-        qids, shared = [*queries], sorted(queries.keys() & first.keys())
-        if settings.complete:
-            qids = shared = judged
-        rows.append(row := {"run": result["run"], "num_q": len(qids), "measures": {}})
+        queries, measures = result["queries"], {}
+        answered = judged if settings.complete else [*queries]
+        shared = judged if settings.complete else sorted(queries.keys() & first.keys())
         for name, total in progress(result["totals"].items(), result["run"]):
             if name in COUNTS:
-                row["measures"][name] = {"total": int(total)}
+                measures[name] = {"total": int(total)}
                 continue
-            interval = bootstrap_interval(column(queries, name, qids), settings.seed)
-            row["measures"][name] = entry = dict(zip(INTERVAL, interval)) | {"mean": total}
+            measures[name] = interval(column(queries, name, answered)) | {"mean": total}
             if result is not results[0] and shared:
                 deltas = column(queries, name, shared) - column(first, name, shared)
-                gain = dict(zip(INTERVAL, bootstrap_interval(deltas, settings.seed)))
-                entry["difference"] = {"num_q": len(shared), **gain,
-                                       "p": randomisation_test(deltas, settings.seed)}
-        if settings.queries:
-            row["queries"] = queries
+                measures[name]["difference"] = {"num_q": len(shared), **interval(deltas),
+                                                "p": randomisation_test(deltas, settings.seed)}
+        row = {"run": result["run"], "num_q": len(answered), "measures": measures}
+        rows.append(row | {"queries": queries} if settings.queries else row)
     return rows
 
 

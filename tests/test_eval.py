@@ -79,6 +79,44 @@ def test_every_measure_equals_pytrec_eval_on_two_thousand_cases(measures):
     assert compared > 10_000
 
 
+def of_ir_measures(qrels: dict, run: dict, k: int) -> dict:
+    """Judged@k as in its 0.4.3: any label is a judgement; divided by the documents there are, at most k."""
+    shares = {}
+    for qid in set(qrels) & set(run):
+        top = sorted(run[qid], key=lambda docid: (run[qid][docid], docid.encode()), reverse=True)[:k]
+        shares[qid] = sum(docid in qrels[qid] for docid in top) / len(top)
+    return shares
+
+
+def test_the_judged_share_is_defined_as_in_ir_measures():
+    rng, short, negative = random.Random(5), 0, 0
+    for _ in range(300):
+        qrels, run = generated_case(rng)
+        ours = evaluate(qrels, run, ["judged.3,10"], level=rng.choice([0, 1, 3]))
+        for k in (3, 10):
+            assert {qid: row[f"judged_{k}"] for qid, row in ours.items()} == of_ir_measures(qrels, run, k)
+        short += sum(len(run[qid]) < 10 for qid in ours)
+        negative += sum(label < 0 for qid in ours for label in qrels[qid].values())
+    assert short > 100 and negative > 100
+    assert evaluate({"q": {"a": 1}}, {"q": {}}, ["judged.10"]) == {"q": {"judged_10": 0.0}}
+
+
+def test_the_judged_share_equals_that_of_the_package_ir_measures():
+    package = pytest.importorskip("ir_measures")
+    rng, compared = random.Random(6), 0
+    for _ in range(100):
+        qrels, run = generated_case(rng)
+        for scores in run.values():  # the package breaks ties by rising docid
+            scores.update({docid: float(n) for n, docid in enumerate(scores)})
+        theirs = {(m.query_id, str(m.measure)): m.value
+                  for m in package.iter_calc([package.Judged @ 3, package.Judged @ 10], qrels, run)}
+        for qid, row in evaluate(qrels, run, ["judged.3,10"]).items():
+            for k in (3, 10):
+                assert row[f"judged_{k}"] == theirs[qid, f"Judged@{k}"]
+                compared += 1
+    assert compared > 300
+
+
 # --- files and the command line
 
 
@@ -258,9 +296,20 @@ def test_default_measures_in_trec_evals_order(tmp_path, capsysbinary):
     ]
 
 
+def test_judged_comes_after_trec_evals_measures_and_only_if_asked_for(tmp_path, capsysbinary):
+    run = "".join(f"1 Q0 {docid} 1 {score} t\n" for score, docid in enumerate("dcba"))
+    judged = files(tmp_path, "1 0 a 1\n1 0 b -1\n", run)
+    output = printed(capsysbinary, *judged, "-m", "judged.1,10", "-m", "success.1", "-q")
+    values = {"success_1": "1.0000", "judged_1": "1.0000", "judged_10": "0.5000"}
+    lines = [f"{name:22s}\t{qid}\t{value}\n" for qid in ("1", "all") for name, value in values.items()]
+    assert output == "".join(lines).encode()
+    assert b"judged" not in printed(capsysbinary, *judged)
+
+
 def test_measures_are_named_as_trec_eval_takes_them(capsys):
     assert parse_measures(["success", "P.10,5", "map"]) == {"map": [], "P": [5, 10], "success": [1, 5, 10]}
     assert parse_measures(["P.7,5", "P.100", "P"])["P"] == [5, 7, 10, 15, 20, 30, 100, 200, 500, 1000]
+    assert not capsys.readouterr().err
     # trec_eval itself keeps only the first list, sometimes to its user's surprise
     assert (
         parse_measures(["P.7,5", "P.100", "P"], merge=False) == {"P": [5, 7]}
@@ -309,6 +358,7 @@ def test_measures_are_named_as_trec_eval_takes_them(capsys):
         ("MRR@10", "recip_rank, which has no cutoff"),
         ("recip_rank.10", "recip_rank, which has no cutoff"),
         ("num_rel_ret_10", "num_rel_ret, which has no cutoff"),
+        ("Judged@10", "judged.10"),
     ],
 )
 def test_a_measure_s_other_names_are_answered_with_the_right_one(name, meant):
@@ -323,7 +373,7 @@ def test_every_name_that_is_printed_is_answered_with_the_one_that_is_taken():
         if cutoffs:
             with pytest.raises(InputError, match=rf"did you mean -m {measure}\.7\?"):
                 parse_measures([f"{measure}_7"])
-    with pytest.raises(InputError, match="unknown measure 'ERR@20': expected num_q num_ret .* success$"):
+    with pytest.raises(InputError, match="unknown measure 'ERR@20': expected num_q .* success judged$"):
         parse_measures(["ERR@20"])
 
 
@@ -389,6 +439,8 @@ def test_evaluate_refuses_what_it_would_have_to_guess():
         with pytest.raises(InputError):
             evaluate({"1": {"a": label}}, {"1": {"a": score}}, ["map"])
     assert evaluate({"1": {"a": 1}}, {"2": {"a": 1.0}}, ["map"]) == evaluate({}, {}, ["map"]) == {}
+    negative = evaluate({"1": {"a": -1}}, {"1": {"a": 1.0}}, ["num_rel", "num_rel_ret"], level=-1)
+    assert negative == {"1": {"num_rel": 0.0, "num_rel_ret": 0.0}}, "a label below 0 is never relevant"
     assert evaluate({"1": {"a": 1}}, {"1": {}}, ["map", "num_ret"]) == {"1": {"num_ret": 0.0, "map": 0.0}}
 
 
@@ -538,6 +590,60 @@ def test_a_run_that_lacks_judged_queries_is_named_beside_the_table(tmp_path, cap
     assert capsys.readouterr().err == f"{short} lacks 1 of 6 judged queries; -c counts them as 0\n"
     trec.main([str(qrels), str(first), str(short), "-m", "map", "-c"])
     assert not capsys.readouterr().err
+
+
+def test_runs_that_lack_different_queries_are_said_to(tmp_path, capsys):
+    qrels, first, _, short = three_runs(tmp_path)
+    lines = first.read_text().splitlines(keepends=True)
+    late = tmp_path / "late"
+    late.write_text("".join(lines[2:]))  # as many as `short`, but without the first query, not the last
+    for runs, said in (((short, late), 1), ((short, short), 0), ((first, short), 0)):
+        trec.main([*map(str, (qrels, *runs)), "-m", "map"])
+        assert capsys.readouterr().err.count("lack different queries: their means do not compare") == said
+    trec.main([*map(str, (qrels, short, late)), "-m", "map", "-c"])
+    assert not capsys.readouterr().err
+
+
+def judged_case(path: Path, *judged: int) -> list[str]:
+    """Judgements; a run of one query and 20 documents for each number: so many of its top 10 are judged."""
+    (path / "qrels").write_text("".join(f"q 0 d{n} {n % 3 - 1}\n" for n in range(10)))  # -1 is a judgement
+    for number in judged:
+        docids = [f"d{n}" for n in range(number)] + [f"x{n}" for n in range(20 - number)]
+        lines = [f"q Q0 {docid} 1 {20 - n} t\n" for n, docid in enumerate(docids)]
+        (path / f"run{number}").write_text("".join(lines))
+    return [str(path / "qrels"), *(str(path / f"run{number}") for number in judged)]
+
+
+def test_runs_that_differ_in_their_judged_documents_are_said_to(tmp_path, capsys):
+    qrels, *runs = judged_case(tmp_path, 9, 10, 4)
+    for chosen in (["-m", "map"], ["-m", "judged.5"], []):  # always at 10
+        trec.main([qrels, *runs, *chosen])
+        out, err = capsys.readouterr()
+        assert err == (
+            f"judged_10 differs: {runs[0]} 0.90, {runs[1]} 1.00, {runs[2]} 0.40; "
+            "documents without a judgement count as not relevant\n"
+        )
+        assert ("judged" in out) == (chosen == ["-m", "judged.5"])
+    trec.main([qrels, runs[2], "-m", "map"])
+    trec.main([qrels, runs[2], "-m", "map", "--json"])
+    trec.main([qrels, runs[2], runs[2]])
+    assert not capsys.readouterr().err
+
+
+def test_a_difference_of_exactly_5_points_in_judged_documents_is_not_reported(tmp_path, capsys):
+    """Two queries: 9 + 6 and 9 + 5 of 10 judged. In floats 0.75 - 0.7 is more than 0.05."""
+    (tmp_path / "qrels").write_text("".join(f"q{q} 0 d{n} 1\n" for q in range(2) for n in range(10)))
+    for name, counts in (("more", (9, 6)), ("less", (9, 5)), ("least", (9, 4))):
+        text = ""
+        for q, count in enumerate(counts):
+            docids = [f"d{n}" if n < count else f"x{n}" for n in range(10)]
+            text += "".join(f"q{q} Q0 {docid} 1 {10 - n} t\n" for n, docid in enumerate(docids))
+        (tmp_path / name).write_text(text)
+    qrels, more, less, least = (str(tmp_path / name) for name in ("qrels", "more", "less", "least"))
+    trec.main([qrels, more, less, "-m", "map"])
+    assert 0.75 - 0.7 > 0.05 and not capsys.readouterr().err
+    trec.main([qrels, more, least, "-m", "map"])
+    assert "judged_10 differs" in capsys.readouterr().err
 
 
 def test_the_table_has_a_row_for_each_run_and_differences_for_each_query(tmp_path, capsysbinary):
