@@ -23,7 +23,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -32,14 +32,14 @@ from tqdm import tqdm
 
 import toy
 from data import judged_labels, read_candidates, read_qrels, training_instances
-from model import (Agent, Completion, answer_losses, load_agent, load_config, microbatches, padded, sample,
-                   token_mask)
-from prompts import PROMPTS, answer_start, encode_prompt, fit_context, fit_prompt
+from model import (Agent, Completion, Microbatch, answer_losses, load_agent, load_config, microbatches,
+                   padded, sample, token_mask)
+from prompts import answer_start, encode_prompt, fit_context, fit_prompt, load_prompt
 from rearank import Reranker
 from reward import Score, ndcg, parse_ranking, score_response
 from support import distributed
 from support.cli import InputError, command_line, refuse, run_main, setting
-from support.device import out_of_memory, peak_mib, pick_device
+from support.device import memory_advice, peak_mib, pick_device
 from support.distributed import gather, my_share, on_all_ranks, say
 from support.files import Candidates, Instance
 from support.lora import add_lora
@@ -72,22 +72,37 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return torch.expm1(d) - d
 
 
-def grpo_loss(logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, lengths: Tensor,
-              beta: float) -> Tensor:
+def clipped_objective(ratio: Tensor, advantages: Tensor, clip: Sequence[float]) -> Tensor:
+    """min(ratio A, clip(ratio, 1 - low, 1 + high) A) of each token: PPO's objective. [R, T] from [R, T], [R].
+
+    An update gains nothing more by moving a token's ratio out of [1 - low, 1 + high].
+    """
+    low, high = clip
+    A = advantages[:, None]
+    return torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
+
+
+def grpo_loss(logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, lengths: Tensor, beta: float,
+              old_logps: Tensor | None = None, clip: Sequence[float] = (0.2, 0.2),
+              all_lengths: Tensor | None = None) -> Tensor:
     """Equations 3 and 4, negated: the mean over answers of each answer's mean over tokens. A float32 scalar.
 
     logps, ref_logps [R, T] (ref_logps may be None at beta 0); advantages [R]; lengths: token counts [R] or a
-    mask [R, T]. With one update per batch the ratio policy / stopgrad(policy) is 1, and only its gradient
-    matters. So the value of the loss is about 0 and says nothing about progress: watch the reward.
+    mask [R, T]; old_logps [R, T]: the policy's before the batch's first update (default: now). all_lengths
+    [B x G]: R are a part of so many answers, and the result is their share of the mean over all.
+
+    In the first update of a batch policy and old policy are equal: the ratio is 1, the clip has no effect,
+    and only the gradient matters. So the loss is about 0 and says nothing about progress: watch the reward.
     """
     mask = lengths.bool() if lengths.dim() == 2 else token_mask(lengths, logps.shape[1])
     logps = logps.float()
-    ratio = torch.exp(logps - logps.detach())
-    objective = ratio * advantages[:, None]
+    ratio = torch.exp(logps - (logps.detach() if old_logps is None else old_logps))
+    objective = clipped_objective(ratio, advantages, clip)
     if beta:
         objective = objective - beta * k3(logps, ref_logps)
     per_answer = objective.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
-    return -per_answer.mean()
+    loss = -per_answer.mean()
+    return loss if all_lengths is None else loss * len(logps) / len(all_lengths)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -105,17 +120,18 @@ class Rollouts:
     scores: list[Score]
     prompts_shortened: float  # share of the prompts that had to be shortened to fit
     seconds: float
-    sampler_logps_finite: bool = True
     rewards: Tensor | None = None  # [B, G]
 
 
 def grpo_step(agent: Agent, reference, optimizer: MasterAdamW, instances: list[Instance], lr: float,
               settings: TrainSettings, step: int, reward: Callable[..., Score] = score_response,
+              advantage: Callable[[Rollouts], Tensor] | None = None,
               loss: Callable[..., Tensor] = grpo_loss) -> tuple[dict[str, float], Rollouts]:
-    """One update of the policy. Returns the log's row and the rollouts.
+    """Sample a batch and update the policy on it. Returns the log's row and the rollouts.
 
-    `reference` is the frozen starting model, or None where no KL is needed. Another reward or loss is called
-    as `score_response` or `grpo_loss` is. An update whose loss or gradient is not finite is skipped.
+    `reference` is the frozen starting model, or None where no KL is needed. Another `reward` or `loss` is
+    called as `score_response` or `grpo_loss` is; `advantage` gets the rollouts and returns [B, G]. An update
+    whose loss or gradient is not finite is skipped, and ends the step.
     """
     started = time.perf_counter()
     # Sample: G answers to each of B prompts.
@@ -123,21 +139,26 @@ def grpo_step(agent: Agent, reference, optimizer: MasterAdamW, instances: list[I
     # Reward: the gain in NDCG@10, and the format (equations 5 and 6).
     rollouts.rewards = score_rollouts(rollouts, settings, step, reward)  # [B, G]
     # Advantage: each answer compared with its own group.
-    advantages = group_advantages(rollouts.rewards)  # [B, G]
-    # Loss: equations 3 and 4, one micro-batch after the other.
-    metrics = StepMetrics()
-    for batch in policy_microbatches(agent, reference, rollouts, advantages, settings):
-        value = loss(batch.logps, batch.ref_logps, batch.advantages, batch.lengths, settings.beta)
-        value = value * len(batch.rows) / advantages.numel()  # its share of the mean over all B x G answers
-        value.backward()
-        metrics.add(batch, value)
-    # Step: clip the gradient, then AdamW.
-    row = metrics.means(reference is not None)
-    finite = rollouts.sampler_logps_finite and math.isfinite(row["loss"])
-    row["grad_norm"] = 0.0
-    if metrics.tokens:  # else the rewards of every group were equal, and there is nothing to learn
-        row["grad_norm"] = optimizer.step(lr, settings.grad_clip, skip=not finite)
-    row["skipped"] = int(not (finite and math.isfinite(row["grad_norm"])))
+    advantages = advantage(rollouts) if advantage else group_advantages(rollouts.rewards)  # [B, G]
+    row, kept_logps = {}, {}
+    for _ in range(settings.updates):
+        # Loss: equations 3 and 4, one micro-batch after the other.
+        sums = []
+        for batch in policy_microbatches(agent, reference, rollouts, advantages, settings, kept_logps):
+            value = loss(batch.logps, batch.ref_logps, batch.advantages, batch.lengths, settings.beta,
+                         batch.old_logps, settings.clip, batch.all_lengths)
+            value.backward()
+            sums.append(batch_sums(batch, value, settings.clip))
+        # Step: clip the gradient, then AdamW.
+        means, norm = step_means(sums, reference is not None), 0.0
+        finite = math.isfinite(means["loss"]) and math.isfinite(means["logp_diff_max"])
+        if not math.isnan(means["entropy"]):  # else all groups' rewards were equal: nothing to learn
+            norm = optimizer.step(lr, settings.grad_clip, skip=not finite)
+        row = row or means  # of the first update, where the policy is the one that sampled
+        row |= {"clipped": means["clipped"], "grad_norm": norm}  # of the last one
+        row["skipped"] = int(not (finite and math.isfinite(norm)))
+        if row["skipped"]:
+            break
     row |= rollout_statistics(rollouts, advantages)
     row |= {"step": step, "lr": lr, "seconds": time.perf_counter() - started}
     return row | {"peak_mib": max(gather([peak_mib(agent.model.device)]))}, rollouts
@@ -161,9 +182,7 @@ def sample_rollouts(agent: Agent, instances: list[Instance], settings: TrainSett
     opened, _ = answer_start(tokenizer)  # a template may open <think> itself: it belongs to the response
     texts = [opened + agent.decode(completion) for completion in completions]
     shortened = statistics.fmean(how.prompt_shortened for _, how in fitted)
-    finite = all(math.isfinite(logp) for completion in completions for logp in completion.logps)
-    seconds = time.perf_counter() - started
-    return Rollouts(instances, prompts, completions, texts, [], shortened, seconds, finite)
+    return Rollouts(instances, prompts, completions, texts, [], shortened, time.perf_counter() - started)
 
 
 def score_rollouts(rollouts: Rollouts, settings: TrainSettings, step: int,
@@ -180,77 +199,76 @@ def score_rollouts(rollouts: Rollouts, settings: TrainSettings, step: int,
 
 
 @dataclasses.dataclass
-class PolicyBatch:
+class PolicyBatch(Microbatch):
     """A micro-batch of R answers under the policy, with what the loss needs. Zero at padding."""
 
-    rows: Tensor  # [R] the answers' numbers among the B x G
-    logps: Tensor  # [R, T] with gradient
-    entropy: Tensor  # [R, T]
-    lengths: Tensor  # [R]
+    old_logps: Tensor  # [R, T] of the policy before the batch's first update
     ref_logps: Tensor  # [R, T] of the reference; without one, the policy's own
     sampled_logps: Tensor  # [R, T] as the sampler recorded them
     advantages: Tensor  # [R]
+    all_lengths: Tensor  # [B x G] of all answers: what a loss divides by
 
 
 def policy_microbatches(agent: Agent, reference, rollouts: Rollouts, advantages: Tensor,
-                        settings: TrainSettings) -> Iterator[PolicyBatch]:
+                        settings: TrainSettings,
+                        kept: dict[str, Tensor] | None = None) -> Iterator[PolicyBatch]:
     """This rank's answers, in micro-batches. After the last one of a prompt, this generator sends the
     gradients on through the prompt (see `model.microbatches`).
 
-    Without a reference, groups whose advantages [B, G] are all 0 have no gradient and are not visited.
+    Without a reference, groups whose advantages [B, G] are all 0 have no gradient and are not visited. A
+    dict that is passed as `kept` to all updates of a step keeps "old" and "ref": the log-probabilities
+    [B x G, T] of the policy in the first update, and of the reference.
     """
+    kept = {} if kept is None else kept
     device, prompts = agent.model.device, rollouts.prompts
     answers = [completion.ids for completion in rollouts.completions]
-    sampled = padded([c.logps or [0.0] * len(c.ids) for c in rollouts.completions], device)  # [B G, T]
+    sampled = padded([c.logps or [0.0] * len(c.ids) for c in rollouts.completions], device)  # [B x G, T]
     options = (settings.temperature, settings.microbatch_tokens, settings.prompt_batch_tokens,
                settings.checkpointing)
     groups = my_share(len(prompts))
-    ref_logps = None
     if reference is None:
         groups = [g for g in groups if advantages[g].any()]
-    else:
-        ref_logps = torch.zeros_like(sampled, dtype=torch.float32)
+    elif "ref" not in kept:
+        kept["ref"] = torch.zeros_like(sampled)
         with torch.no_grad():
             for batch in microbatches(reference, prompts, answers, groups, *options):
-                ref_logps[batch.rows, :batch.logps.shape[1]] = batch.logps
+                kept["ref"][batch.rows, :batch.logps.shape[1]] = batch.logps
+    first_update = "old" not in kept
+    if first_update:
+        kept["old"] = torch.zeros_like(sampled)
     advantages = advantages.flatten().to(device)
+    all_lengths = torch.tensor([len(answer) for answer in answers], device=device)
     for batch in microbatches(agent.model, prompts, answers, groups, *options):
-        T = batch.logps.shape[1]
-        ref = batch.logps.detach() if ref_logps is None else ref_logps[batch.rows, :T]
-        yield PolicyBatch(batch.rows, batch.logps, batch.entropy, batch.lengths, ref, sampled[batch.rows, :T],
-                          advantages[batch.rows])
+        here = batch.rows, slice(batch.logps.shape[1])
+        if first_update:
+            kept["old"][here] = batch.logps.detach()
+        old = kept["old"][here]
+        ref = old if reference is None else kept["ref"][here]
+        yield PolicyBatch(**vars(batch), old_logps=old, ref_logps=ref, sampled_logps=sampled[here],
+                          advantages=advantages[batch.rows], all_lengths=all_lengths)
 
 
-class StepMetrics:
-    """Sums over a step's tokens, then their means over the tokens of all ranks."""
+def batch_sums(batch: PolicyBatch, loss: Tensor, clip: Sequence[float]) -> Tensor:
+    """What `step_means` needs of a micro-batch, [7]. (A tensor, so that a GPU is not waited for.)"""
+    logps, A = batch.logps.detach(), batch.advantages[:, None]
+    difference, ratio = (logps - batch.sampled_logps).abs(), torch.exp(logps - batch.old_logps)
+    clipped = clipped_objective(ratio, batch.advantages, clip) < ratio * A
+    columns = loss.detach(), k3(logps, batch.ref_logps), batch.entropy, difference, clipped, batch.lengths
+    return torch.stack([*(x.sum().float() for x in columns), difference.max()])
 
-    def __init__(self):
-        self.sums = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "logp_diff": 0.0, "tokens": 0.0}
-        self.largest = 0.0
 
-    def add(self, batch: PolicyBatch, loss: Tensor) -> None:
-        """Count a micro-batch. (Sums stay tensors until the end, so that a GPU is not waited for.)"""
-        logps = batch.logps.detach()
-        difference = (logps - batch.sampled_logps).abs()
-        for name, value in {"loss": loss.detach(), "kl": k3(logps, batch.ref_logps), "entropy": batch.entropy,
-                            "logp_diff": difference, "tokens": batch.lengths}.items():
-            self.sums[name] = self.sums[name] + value.sum()
-        self.largest = torch.maximum(torch.as_tensor(self.largest, device=logps.device), difference.max())
+def step_means(sums: list[Tensor], kl_is_known: bool) -> dict[str, float]:
+    """The log's columns: the loss, and means over the tokens: kl, entropy, distance from the sampler's logps,
+    share that is clipped.
 
-    def means(self, kl_is_known: bool) -> dict[str, float]:
-        """The log's columns: the loss, and per token kl, entropy and distance from the sampler's logps.
-
-        Every rank must call this. What was not measured is NaN.
-        """
-        every = gather([{name: float(value) for name, value in self.sums.items()}])
-        total = {name: sum(sums[name] for sums in every) for name in self.sums}
-        self.tokens = total["tokens"]
-        row = {name: total[name] / (self.tokens or math.nan) for name in ("kl", "entropy", "logp_diff")}
-        row["logp_diff_max"] = max(gather([float(self.largest)]))
-        row["loss"] = total["loss"]
-        if not kl_is_known:
-            row["kl"] = math.nan
-        return row
+    Over the micro-batches of all ranks, each of which must call this. What was not measured is NaN.
+    """
+    every = torch.tensor(gather([x.tolist() for x in sums]) or [[0.0] * 7], dtype=torch.float64)
+    loss, kl, entropy, difference, clipped, tokens, _ = every.sum(0).tolist()
+    tokens = tokens or math.nan
+    return {"loss": loss, "kl": kl / tokens if kl_is_known else math.nan, "entropy": entropy / tokens,
+            "logp_diff": difference / tokens, "logp_diff_max": every[:, -1].max().item(),
+            "clipped": clipped / tokens}
 
 
 def rollout_statistics(rollouts: Rollouts, advantages: Tensor) -> dict[str, float]:
@@ -365,19 +383,18 @@ def validate(agent: Agent, candidates: list[Candidates], qrels: dict,
 
 
 def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]], steps: int, lr: float,
-               settings: TrainSettings, title: str = "supervised", folder: RunFolder | None = None,
-               phase_name: str = "sft") -> float:
+               settings: TrainSettings, name: str = "sft", folder: RunFolder | None = None) -> float:
     """`steps` AdamW steps of cross-entropy on batches of (prompt ids, answer ids), a mean over answer tokens.
 
-    Returns the last loss. With a run folder it is saved and resumed there under `phase_name`. A step whose
-    loss or gradient is not finite is skipped; SystemExit after three in a row.
+    Returns the last loss. With a run folder it is saved and resumed there under `name`. A step whose loss or
+    gradient is not finite is skipped; SystemExit after three in a row.
     """
     loss, bad = math.nan, 0
     weights = agent.model.parameters()
     optimizer = MasterAdamW(weights, settings.weight_decay, settings.offload, betas=(0.9, 0.95))
-    with Phase(folder, phase_name, agent, optimizer) as phase:
+    with Phase(folder, name, agent, optimizer) as phase:
         batches = itertools.islice(batches, phase.step, None)
-        for step in (bar := progress(phase.step, steps, title)):
+        for step in (bar := progress(phase.step, steps, name)):
             prompts, answers = zip(*next(batches))
             tokens, loss = sum(map(len, answers)), 0.0
             mine = my_share(len(prompts))
@@ -390,7 +407,7 @@ def supervised(agent: Agent, batches: Iterator[list[tuple[list[int], list[int]]]
             norm = optimizer.step(rate, settings.grad_clip, skip=not math.isfinite(loss))
             bad = 0 if math.isfinite(loss) and math.isfinite(norm) else bad + 1
             if bad == 3:
-                raise SystemExit(f"{title}, step {step}: the third in a row is not finite; lower --sft-lr")
+                raise SystemExit(f"{name}, step {step}: the third in a row is not finite; lower --sft-lr")
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             phase.complete(step)
             phase.save_if_due()
@@ -432,7 +449,8 @@ class TrainSettings:
                              "so report its score on other data.")
     eval_qrels: str = setting("", "Judgements of --eval-data.")
 
-    prompt: str = setting("rearank", "The prompt to train with.", choices=tuple(PROMPTS), group="model")
+    prompt: str = setting("rearank", "The prompt to train with: rearank, rankgpt, toy or a template "
+                          "of rank_llm, FILE.yaml.", group="model")
     lora_rank: int = setting(0, "Train LoRA matrices of this rank instead of all weights (try ten times the "
                              "--lr).", minimum=0)
     device: str = setting("auto", "cuda, mps, cpu or auto.")
@@ -452,6 +470,10 @@ class TrainSettings:
     max_prompt_tokens: int = setting(4096, "Longer prompts are shortened to fit.", minimum=1)
     reward: str = setting("normalized", "The ranking reward (Table 3); random is a control: no learning.",
                           choices=("normalized", "absolute", "difference", "random"))
+    updates: int = setting(1, "Updates per batch of rollouts; from the second on, --clip has an effect.",
+                           minimum=1)
+    clip: list[float] = setting(lambda: [0.2, 0.2], "Bounds of a token's ratio: 1 - LOW and 1 + HIGH.",
+                                nargs=2, type=float, metavar=("LOW", "HIGH"))
     grad_clip: float = setting(1.0, "Largest norm of the gradient.", minimum=1e-6)
     weight_decay: float = setting(0.0, "AdamW's weight decay.")
     sft_steps: int = setting(0, "Supervised steps on best orders, before GRPO.", minimum=0)
@@ -498,13 +520,13 @@ def toy_run(settings: TrainSettings) -> int:
     say(f"toy run, seed {settings.seed}: {agent.model.num_parameters():,} parameters, no downloads")
     exam.evaluate("first_stage", None)
     lessons = toy.toy_lessons(agent, settings)
-    supervised(agent, lessons, steps, lr, settings, "warm start", folder, "warm_start")
+    supervised(agent, lessons, steps, lr, settings, "warm_start", folder)
     exam.evaluate("warm_start", agent)
     if settings.control:
         doubled = Agent(copy.deepcopy(agent.model), agent.tokenizer, agent.stop_ids)
         others = dataclasses.replace(settings, seed=settings.seed + 10**6)
         lessons = toy.toy_lessons(doubled, others, curriculum=False)
-        supervised(doubled, lessons, steps, lr, settings, "control: the warm start again")
+        supervised(doubled, lessons, steps, lr, settings, "control, the warm start again")
         exam.evaluate("warm_start_doubled", doubled, ["window"])
     instances, held_out = toy.toy_data(settings)
     if settings.lora_rank:
@@ -522,6 +544,7 @@ def toy_run(settings: TrainSettings) -> int:
 
 def train_model(settings: TrainSettings) -> int:
     """The paper's run: plan, data, model, then supervised steps if asked for, then GRPO."""
+    load_prompt(settings.prompt)  # faults in it are found before anything else is done
     earlier = earlier_config(settings)
     if earlier and settings.data == ["auto"]:
         settings.data, settings.qrels = earlier["data"], earlier["qrels"]
@@ -546,18 +569,14 @@ def train_model(settings: TrainSettings) -> int:
     longest = max(instances, key=lambda x: len(x.texts))  # if this prompt does not fit, no folder is made
     encode_prompt(agent.tokenizer, longest.query, longest.texts, settings.prompt, settings.max_prompt_tokens)
     folder = RunFolder(settings, chosen)
-    try:
+    with memory_advice("for a step: lower --microbatch-tokens, --prompt-batch-tokens or --max-num-seqs, or "
+                       "pass --checkpointing and --offload"):
         if settings.lora_rank:
             add_lora(agent.model, settings.lora_rank, settings.seed)
         if settings.sft_steps:
             batches = best_order_batches(agent, instances, settings)
-            supervised(agent, batches, settings.sft_steps, settings.sft_lr, settings, folder=folder)
+            supervised(agent, batches, settings.sft_steps, settings.sft_lr, settings, "sft", folder)
         train(agent, instances, settings, folder, held_out=held_out)
-    except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
-        if not out_of_memory(error):
-            raise
-        raise InputError("too little memory for a step: lower --microbatch-tokens, --prompt-batch-tokens or "
-                         "--max-num-seqs, or pass --checkpointing and --offload") from None
     say(f"{folder.path}/checkpoint is the trained model; rerank with it:\n  python rearank.py --model "
         f"{folder.path}/checkpoint --prompt {settings.prompt} --input CANDIDATES --output RUN")
     return 0
@@ -584,13 +603,16 @@ def main(argv: list[str] | None = None) -> int:
         (not is_toy, "teacher_graded control eval_queries eval_seed", "belongs to the toy run (no --model)"),
         (not is_toy and not settings.eval_data, "eval_qrels eval_every", "has no effect without --eval-data"),
         (not settings.plan, "memory gpus", "has no effect without --plan"),
-        (not settings.sft_steps, "sft_lr", "has no effect without --sft-steps"))
+        (not settings.sft_steps, "sft_lr", "has no effect without --sft-steps"),
+        (settings.updates == 1, "clip", "has no effect without --updates 2 or more"))
     for applies, names, reason in no_effect:
         if applies:
             refuse(settings, names.split(), reason)
     if is_toy and (settings.window > 20 or settings.dtype == "bfloat16"):
         raise InputError("the toy's words end at [20] and its weights are float32: --window 21 or more and "
                          "--dtype bfloat16 need --model")
+    if not 0 <= settings.clip[0] <= 1 or not settings.clip[1] >= 0:
+        raise InputError(f"--clip: expected LOW from 0 to 1 and HIGH from 0, found {settings.clip}")
     if settings.qrels and settings.data == ["auto"]:
         raise InputError("--qrels: expected --data with the candidates that they judge")
     run = toy_run if is_toy else train_model

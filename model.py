@@ -14,7 +14,6 @@ V vocabulary, H query heads, K key-value heads, n = H / K query heads to a key-v
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
 
-from support.checkpoint import (check_folder, check_tokenizer, load_tokenizer, load_weights, read_config,
-                                reading)
+from support.architecture import check_supported, miniature
+from support.checkpoint import (check_folder, check_tokenizer, find_stop_ids, load_tokenizer, load_weights,
+                                read_config, reading)
 from support.cli import InputError
 from support.device import free_memory, pick_device
 from support.memory import count_parameters
@@ -413,17 +412,16 @@ def sample(model, prompts: Sequence[Sequence[int]], group_size: int = 1, max_new
     is called, now and then, with the number of answers that have ended since.
     """
     total, begun, batches = len(prompts) * group_size, 0, []
-    numbers = max_new_tokens if temperature else 1
     seeds = [(one, group_size) for one in seed] if not isinstance(seed, int) else [
         (seed, first * group_size + total)]
     # Draw the numbers of the whole batch and keep our part: a rank's share then has the batch's samples.
-    uniforms = torch.cat([torch.rand(n, numbers, generator=torch.Generator().manual_seed(one))
+    uniforms = torch.cat([torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(one))
                           for one, n in seeds])[-total:].to(model.device)  # one for each token of each answer
     answers = [Completion([], False) for _ in range(total)]  # number a: to prompt a // group_size
-    most = max(group_size, min(max_num_seqs, total))
+    at_once = max(group_size, min(max_num_seqs, total))
     while begun < len(prompts) or batches:
-        free = most - sum(len(batch.answers) for batch in batches)
-        if begun < len(prompts) and free >= max(group_size, most // 4):
+        free = at_once - sum(len(batch.answers) for batch in batches)
+        if begun < len(prompts) and free >= max(group_size, at_once // 4):
             end = min(begun + free // group_size, len(prompts))
             numbers_of_rows = range(begun * group_size, end * group_size)
             written = [DecodeBatch(model, prompts[begun:end], group_size, numbers_of_rows)]
@@ -432,7 +430,7 @@ def sample(model, prompts: Sequence[Sequence[int]], group_size: int = 1, max_new
             read_tokens(model, batches)
             written = batches
         for batch in written:
-            drawn = uniforms[batch.answers, batch.length if temperature else 0]
+            drawn = uniforms[batch.answers, batch.length]
             batch.tokens, logps = pick_tokens(batch.logits, temperature, drawn)
             for a, token, logp in zip(batch.answers, batch.tokens.tolist(), logps.tolist()):
                 if not answers[a].finished:
@@ -619,16 +617,7 @@ def check_architecture(config) -> None:
     Compared on a miniature with random weights in float32, so that neither the real weights nor their
     precision matter: the logits of two tokens, by prompt and by decoding step, against transformers' own.
     """
-    kind, rope = config.model_type, (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if kind not in ("qwen2", "qwen3", "llama", "mistral") or rope in ("dynamic", "longrope"):
-        raise InputError(f"{kind} with {rope} position embeddings: only Qwen2, Qwen3, Llama and Mistral are "
-                         "supported, with embeddings that do not change with the length of the text")
-    if getattr(config, "quantization_config", None):
-        raise InputError("its weights are quantised, which can neither be trained nor read here; use the "
-                         "unquantised model, or for reranking a server that reads them")
-    layers = set(getattr(config, "layer_types", None) or [])
-    if getattr(config, "sliding_window", None) or layers - {"full_attention"}:
-        raise InputError(f"{kind} with sliding windows: only full attention in every layer is supported")
+    check_supported(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, ids = miniature(config), torch.arange(1, 9)[None]
@@ -637,32 +626,8 @@ def check_architecture(config) -> None:
         read_tokens(model, [batch])
         ours, theirs = torch.cat([prefill, batch.logits]), model(input_ids=ids).logits[0, -2:]
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
-            raise InputError(f"{kind}: its configuration changes the forward pass that model.py writes out")
-
-
-def miniature(config):
-    """A float32 model of the same architecture: two small layers, all weights random, biases too."""
-    config, small = copy.deepcopy(config), {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 48, "layer_types": ["full_attention"] * 2,
-        "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    for name in small:
-        if getattr(config, name, None) is not None:
-            setattr(config, name, small[name])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    for p in model.parameters():
-        p.normal_(0.0 if p.dim() > 1 else 1.0, 0.2)
-    return model
-
-
-def find_stop_ids(model, tokenizer) -> list[int]:
-    """Every id that ends a turn: a base model's own end token is rarely the one its chat template writes."""
-    ids = {tokenizer.eos_token_id}
-    for configured in (model.generation_config.eos_token_id, model.config.eos_token_id):
-        ids |= set(configured if isinstance(configured, list) else [configured])
-    vocabulary = tokenizer.get_vocab()
-    ids |= {vocabulary.get(mark) for mark in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")}
-    return sorted(i for i in ids if isinstance(i, int))
+            raise InputError(f"{config.model_type}: its configuration changes the forward pass that model.py "
+                             "writes out")
 
 
 def load_config(name: str):

@@ -123,12 +123,11 @@ def _read(response: str | None, n: int) -> tuple[list[int], str, str | None]:
     if not isinstance(response, str) or not response.strip():
         return [], "empty", None
     # 2. Look after the first </think>, last block first: that finds a block after the last </think>, if there
-    # is one. Splitting at <answer> pairs each closing tag with its nearest opening one.
+    # is one. Going back from <answer> to <answer> pairs each closing tag with its nearest opening one.
     start = response.find("</think>") + len("</think>") if "</think>" in response else 0
-    _, *pieces = response[start:].split("<answer>")
-    position, complete = len(response), False  # `position`: where the current piece begins
-    for piece in reversed(pieces):
-        position -= len(piece)
+    end, complete = len(response), False
+    while (opened := response.rfind("<answer>", start, end)) >= 0:
+        piece, end = response[opened + len("<answer>"):end], opened
         if "</answer>" in piece:
             complete = True
             # With a second </answer> in it the block is prose; up to the first one it may be a list.
@@ -136,9 +135,9 @@ def _read(response: str | None, n: int) -> tuple[list[int], str, str | None]:
                 ids = _named(block)
                 if any(0 < i <= n for i in ids):
                     status = "ok" if sorted(ids) == list(range(1, n + 1)) else "repaired"
-                    return ids, status, _strict(response, block, position)
-        position -= len("<answer>")
-    return ([], "malformed", None) if complete else (*_read_without_block(response, n), None)
+                    return ids, status, _strict(response, block, opened)
+    ids, status = ([], "malformed") if complete else _read_without_block(response, n)
+    return ids, status, None
 
 
 def _strict(response: str, block: str, position: int) -> str | None:

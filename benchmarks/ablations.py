@@ -227,9 +227,9 @@ def position_reward(response: str, labels: Sequence[int], ideal=None, scheme: st
     return dataclasses.replace(score, rank=0.0, reward=0.1 * score.format1 + 0.1 * score.format2)
 
 
-def wrong_sign_loss(logps, ref_logps, advantages, lengths, beta):
+def wrong_sign_loss(logps, ref_logps, advantages, lengths, beta, *rest):
     """Equation 3 with + beta KL: away from the reference."""
-    return grpo_loss(logps, ref_logps, advantages, lengths, -beta)
+    return grpo_loss(logps, ref_logps, advantages, lengths, -beta, *rest)
 
 
 FAILURES = {  # name: (settings, hooks)

@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from grpo import Rollouts, StepMetrics, TrainSettings, group_advantages, grpo_loss, policy_microbatches
+from grpo import (Rollouts, TrainSettings, batch_sums, group_advantages, grpo_loss, policy_microbatches,
+                  step_means)
 from model import Agent, encode_prompts, forward, microbatches, sample
 from support.cli import command_line, run_main, setting
 from support.optimizer import MasterAdamW
@@ -317,15 +318,15 @@ def update_by_ids(agent: Agent, reference, optimizer, prompts, groups, options) 
     completions = [c for group in groups for c in group]
     rewards = torch.tensor([reward_of_ids(c.ids) for c in completions]).view(len(prompts), options.group_size)
     rollouts = Rollouts([], prompts, completions, [], [], 0.0, 1.0)
-    advantages, metrics = group_advantages(rewards), StepMetrics()
+    advantages, sums = group_advantages(rewards), []
     for batch in policy_microbatches(agent, reference, rollouts, advantages, options):
-        loss = grpo_loss(batch.logps, batch.ref_logps, batch.advantages, batch.lengths, options.beta)
-        loss = loss * len(batch.rows) / advantages.numel()
+        loss = grpo_loss(batch.logps, batch.ref_logps, batch.advantages, batch.lengths, options.beta,
+                         batch.old_logps, options.clip, batch.all_lengths)
         loss.backward()
-        metrics.add(batch, loss)
-    finite = math.isfinite(metrics.means(reference is not None)["loss"])
-    if metrics.tokens:
-        optimizer.step(1e-6, options.grad_clip, skip=not finite)
+        sums.append(batch_sums(batch, loss, options.clip))
+    means = step_means(sums, reference is not None)
+    if not math.isnan(means["entropy"]):
+        optimizer.step(1e-6, options.grad_clip, skip=not math.isfinite(means["loss"]))
 
 
 def bench_step(size: Size, settings: Settings, beta: float) -> dict:

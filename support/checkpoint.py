@@ -206,6 +206,16 @@ def check_tokenizer(tokenizer, rows: int) -> None:
                          "chat_template.jinja into its folder")
 
 
+def find_stop_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a turn: a base model's own end token is rarely the one its chat template writes."""
+    ids = {tokenizer.eos_token_id}
+    for configured in (model.generation_config.eos_token_id, model.config.eos_token_id):
+        ids |= set(configured if isinstance(configured, list) else [configured])
+    vocabulary = tokenizer.get_vocab()
+    ids |= {vocabulary.get(mark) for mark in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")}
+    return sorted(i for i in ids if isinstance(i, int))
+
+
 def write_model(agent, folder: Path) -> None:
     """Write model and tokenizer, LoRA merged into the weights, in the form that other libraries read.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -51,3 +53,14 @@ def peak_mib(device: torch.device) -> float:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, a GPU's or the host's, has run out."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Turn an error that says that memory has run out into an InputError with this advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
+        if not out_of_memory(error):
+            raise
+        raise InputError(f"too little memory {advice}") from None

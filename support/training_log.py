@@ -15,8 +15,8 @@ LOGS = ("log.csv", "samples.txt", "skipped.txt")  # a save records their lengths
 COLUMNS = (
     "step", "reward", "ndcg", "ndcg_init", "ndcg_best", "eval_ndcg", "eval_low", "eval_high", "reward_std",
     "rank", "format1", "format2", "permutations", "unchanged", "zero_std_groups", "length", "hit_limit",
-    "prompts_shortened", "kl", "entropy", "logp_diff", "logp_diff_max", "grad_norm", "skipped", "lr", "loss",
-    "tokens_per_s", "seconds", "peak_mib")
+    "prompts_shortened", "kl", "entropy", "logp_diff", "logp_diff_max", "clipped", "grad_norm", "skipped",
+    "lr", "loss", "tokens_per_s", "seconds", "peak_mib")
 LINE = (
     "step {step:4d}  reward {reward:+.3f}  NDCG@10 {ndcg:.3f} (given {ndcg_init:.3f}, best {ndcg_best:.3f})  "
     "in-group std {reward_std:.2f}  whole orders {permutations:.0%}  rewards all equal {zero_std_groups:.0%}"

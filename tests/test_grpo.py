@@ -24,6 +24,7 @@ from reward import Score, ndcg
 from support.cli import InputError
 from support.files import write_instances
 from support.optimizer import MasterAdamW
+from support.prompt_file import read_prompt_file
 from support.run_folder import RunFolder
 from toy import toy_agent, toy_task
 
@@ -170,6 +171,78 @@ def test_the_gradient_is_that_of_the_loss_over_all_answers_a_flat_group_among_th
     assert relative_error(optimizer.given, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_several_updates_are_those_of_ppo_written_out(monkeypatch, beta):
+    """Each update takes all answers again, against the policy before the first one."""
+    (rollouts, rewards), model, reference = three_groups(), tiny_model(), tiny_model(seed=1)
+    naive, lr = tiny_model(), 3e-3
+    settings = toy_settings(beta=beta, microbatch_tokens=20, updates=3, clip=[0.1, 0.3], grad_clip=1e9)
+    optimizer = MasterAdamW(model.parameters())
+    row = update(monkeypatch, model, reference if beta else None, optimizer, rollouts, rewards, lr, settings)
+
+    adamw, advantages = torch.optim.AdamW(naive.parameters(), lr, weight_decay=0.0), group_advantages(rewards)
+    answers = [(rollouts.prompts[i // 3], c.ids) for i, c in enumerate(rollouts.completions)]
+    with torch.no_grad():
+        old, ref = ([full_logps(m, *answer) for answer in answers] for m in (naive, reference))
+    for _ in range(3):
+        objective, clipped, total = 0.0, 0, 0
+        for i, answer in enumerate(answers):
+            logps, A = full_logps(naive, *answer), advantages.flatten()[i]
+            ratio = (logps - old[i]).exp()
+            inside = torch.where(A > 0, ratio.clamp(max=1.3), ratio.clamp(min=0.9))
+            kl = (ref[i] - logps).exp() - 1 - (ref[i] - logps)
+            objective = objective + (inside * A - beta * kl).mean() / 9
+            clipped += int(((inside != ratio) & (A != 0)).sum())
+            total += len(logps) if beta or rewards[i // 3].std() else 0
+        adamw.zero_grad()
+        (-objective).backward()
+        adamw.step()
+    assert clipped > 3 and row["clipped"] == pytest.approx(clipped / total)
+    assert relative_error(list(model.parameters()), list(naive.parameters())) < 1e-3
+    assert row["loss"] == pytest.approx(beta * row["kl"] if beta else 0.0, abs=0.05)  # of the first update
+
+
+def test_with_one_update_the_old_policy_and_the_clip_change_not_a_bit():
+    torch.manual_seed(0)
+    gradients = []
+    for more in ((), (None, (0.2, 0.28)), ("own", (0.0, 0.0))):
+        logps = torch.randn(5, 7, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        if more and more[0]:
+            more = (logps.detach(), more[1])
+        loss = grpo_loss(logps, torch.zeros(5, 7), torch.linspace(-1, 1, 5), torch.arange(3, 8), 0.1, *more)
+        loss.backward()
+        gradients.append(torch.cat([logps.grad.flatten(), loss.detach()[None]]))
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+
+
+def test_an_advantage_of_ones_own_and_a_loss_of_ones_own_get_what_they_need(toy, tmp_path):
+    """A loss returns its micro-batch's part of a sum; all_lengths say what the whole batch divides by."""
+    settings, seen = quick(tmp_path, steps=1, updates=2, microbatch_tokens=20), []
+
+    def advantage(rollouts):
+        seen.append(rollouts.rewards.shape)
+        return torch.arange(8.0)[None] - 3.5
+
+    def loss(logps, ref_logps, advantages, lengths, beta, old_logps, clip, all_lengths):
+        seen.append((advantages.tolist(), int(lengths.sum()), int(all_lengths.sum()), clip))
+        return grpo_loss(logps, ref_logps, advantages, lengths, beta, old_logps, clip, all_lengths)
+
+    train(toy, one_window(), settings, RunFolder(settings), advantage=advantage, loss=loss)
+    shape, *parts = seen
+    given = sorted(a for advantages, *_ in parts for a in advantages)
+    assert shape == (1, 8) and given == [i // 2 - 3.5 for i in range(16)]
+    assert {whole for *_, whole, _ in parts} == {sum(n for _, n, *_ in parts) // 2} and len(parts) > 2
+
+
+@pytest.mark.parametrize("typed, said", [
+    ("--clip 0.2 0.3", "--clip has no effect without --updates 2 or more"),
+    ("--updates 2 --clip -0.1 0.2", "expected LOW from 0 to 1"),
+    ("--updates 2 --clip 0.2 nan", "HIGH from 0")])
+def test_a_clip_that_clips_nothing_is_refused(typed, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        grpo.main(typed.split())
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_a_step_learns_at_the_temperature_that_it_sampled_at(monkeypatch, temperature, beta):
@@ -274,11 +347,9 @@ def nan_at(*steps):
     """A loss that is not a number in these steps (of one micro-batch each)."""
     calls = []
 
-    def loss(logps, reference, advantages, lengths, beta):
+    def loss(logps, *rest):
         calls.append(None)
-        if len(calls) in steps:
-            return logps.sum() * float("nan")
-        return grpo_loss(logps, reference, advantages, lengths, beta)
+        return logps.sum() * float("nan") if len(calls) in steps else grpo_loss(logps, *rest)
 
     return loss
 
@@ -353,7 +424,7 @@ def test_a_supervised_step_that_is_not_finite_is_skipped_and_the_third_stops_the
     grpo.supervised(toy, iter([[answer]] * 5), 5, 1e-3, settings)
     assert all(p.isfinite().all() for p in toy.model.parameters())
     bad = iter([True] * 3)
-    with pytest.raises(SystemExit, match="supervised, step 3: the third in a row"):
+    with pytest.raises(SystemExit, match="sft, step 3: the third in a row"):
         grpo.supervised(toy, iter([[answer]] * 5), 5, 1e-3, settings)
 
 
@@ -484,6 +555,29 @@ def test_a_model_folder_trains_on_candidate_files(folder):
         grpo.main(arguments(folder, *data))  # an earlier run is never overwritten without being asked
     config = json.loads((folder / "o/config.json").read_text())
     assert config["data"] == [data[1]] and len(config["trained_on"]["sha256"]) == 64
+
+
+def test_a_run_is_trained_and_resumed_with_the_content_of_its_prompt_file(folder, monkeypatch):
+    template = "method: singleturn_listwise\nprefix: '{query} '\nbody: '[{rank}] {candidate} '\n"
+    path, moved = folder / "p.yaml", folder / "moved.yaml"
+    path.write_text(template)
+    command = arguments(folder, "--data", str(folder / "i.jsonl"), "--prompt", str(path))
+    seen, fit_prompt = [], grpo.fit_prompt
+
+    def recorded(*arguments):
+        seen.append(fit_prompt(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(grpo, "fit_prompt", recorded)
+    assert grpo.main(command) == 0
+    shown = load_agent(str(folder / "m"), "cpu").tokenizer.decode(seen[0][0])
+    assert shown == "rain bread coin [1] oak leaf forest oak [2] storm flour loan leaf <|end|> <|assistant|>"
+    path.rename(moved)
+    assert grpo.main([*command, "--resume", "--steps", "2", "--prompt", str(moved)]) == 0
+    moved.write_text(template + "suffix: rain\n")
+    read_prompt_file.cache_clear()  # a new process
+    with pytest.raises(InputError, match="begun with --prompt 'file with SHA-256 .*moved.yaml is another"):
+        grpo.main([*command, "--resume", "--steps", "3", "--prompt", str(moved)])
 
 
 def test_a_resumed_run_keeps_to_its_data(folder):

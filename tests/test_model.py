@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import full_logps, random_prompts, relative_error, tiny_model
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -572,6 +573,6 @@ def test_a_hub_name_without_a_network_is_one_line_within_seconds(monkeypatch):
 def test_memory_that_has_run_out_is_no_fault_of_the_models(saved, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.")
-    monkeypatch.setattr(model_module.AutoModelForCausalLM, "from_pretrained", full)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
     with pytest.raises(InputError, match="too little memory"):
         load_agent(str(saved), "cpu")
