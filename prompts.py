@@ -3,9 +3,10 @@
     build_messages(query, passages)               the chat, as a list of {"role", "content"}
     encode_prompt(tokenizer, query, passages)     its token ids, by the tokenizer's own chat template
 
-The prompts are the authors' to the letter (arXiv 2505.20046, their public code): the released weights expect
-exactly these strings, blanks and line ends included. Queries and passages cannot inject chat markup or
-passage numbers: such strings are escaped.
+`prompt` is a built-in's name or a file in the format of rank_llm's templates. The built-in prompts are the
+authors' to the letter (arXiv 2505.20046, their public code): the released weights expect exactly these
+strings, blanks and line ends included. Queries and passages cannot inject chat markup or passage numbers:
+such strings are escaped.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import re
 import sys
 from typing import NamedTuple
 
+from support.chat_replies import fold_system
 from support.cli import InputError
-from support.openai_client import fold_system
+from support.prompt_file import is_file, placeholders, read_prompt_file
 
 FORMAT = "The output format should be <answer> [] > [] </answer>, e.g., <answer> [1] > [2] </answer>."
 BEST_FIRST = ("The passages should be listed in descending order using identifiers. "
@@ -33,42 +35,66 @@ STEPS = ("Follow these steps exactly:",
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A chat: system, first user turn, one turn per passage, last user turn. Fills in {query} and {num}."""
+    """A chat, by the field names of rank_llm's templates. Each passage gets the body's turns.
 
-    system: str
-    first: str
-    last: str
-    passage_chars: int
-    received: str = "Received passage [{i}]."
-    opening: str = "Okay, please provide the passages."
+    They fill in {query} and {num}, the body {rank} and {candidate}. An assistant turn that is None does not
+    exist: what the user says before and after it is one turn.
+    """
+
+    system_message: str = ""
+    prefix_user: str = ""
+    prefix_assistant: str | None = None
+    body_user: str = "[{rank}] {candidate}"
+    body_assistant: str | None = None
+    suffix_user: str = ""
+    passage_chars: int = 400
 
 
 PROMPTS = {
     "rearank": Prompt(
-        system="You are DeepRerank, an intelligent assistant that can rank passages based on their relevancy "
-               "to the search query. You first thinks about the reasoning process in the mind and then "
-               "provides the user with the answer.",
-        first="I will provide you with passages, each indicated by number identifier []. "
-              "Rank the passages based on their relevance to the search query."
-              "Search Query: {query}. \n"
-              "Rank the {num} passages above based on their relevance to the search query."
-              + BEST_FIRST + FORMAT,
-        last='Please rank these passages according to their relevance to the search query: "{query}"'
-             + "".join("\n" + (" " * 12 + line if line else "") for line in STEPS),
-        passage_chars=400),
+        system_message="You are DeepRerank, an intelligent assistant that can rank passages based on their "
+                       "relevancy to the search query. You first thinks about the reasoning process in the "
+                       "mind and then provides the user with the answer.",
+        prefix_user="I will provide you with passages, each indicated by number identifier []. "
+                    "Rank the passages based on their relevance to the search query."
+                    "Search Query: {query}. \n"
+                    "Rank the {num} passages above based on their relevance to the search query."
+                    + BEST_FIRST + FORMAT,
+        prefix_assistant="Okay, please provide the passages.",
+        body_assistant="Received passage [{rank}].",
+        suffix_user='Please rank these passages according to their relevance to the search query: "{query}"'
+                    + "".join("\n" + (" " * 12 + line if line else "") for line in STEPS)),
     "rankgpt": Prompt(
-        system="You are RankGPT, an intelligent assistant that can rank passages based on their relevancy to "
-               "the query.",
-        first="I will provide you with {num} passages, each indicated by number identifier []. \n"
-              "Rank the passages based on their relevance to query: {query}.",
-        last="Search Query: {query}. \n"
-             "Rank the {num} passages above based on their relevance to the search query. "
-             + BEST_FIRST + "The output format should be [] > [], e.g., [1] > [2]. "
-             "Only response the ranking results, do not say any word or explain.",
+        system_message="You are RankGPT, an intelligent assistant that can rank passages based on their "
+                       "relevancy to the query.",
+        prefix_user="I will provide you with {num} passages, each indicated by number identifier []. \n"
+                    "Rank the passages based on their relevance to query: {query}.",
+        prefix_assistant="Okay, please provide the passages.",
+        body_assistant="Received passage [{rank}].",
+        suffix_user="Search Query: {query}. \n"
+                    "Rank the {num} passages above based on their relevance to the search query. "
+                    + BEST_FIRST + "The output format should be [] > [], e.g., [1] > [2]. "
+                    "Only response the ranking results, do not say any word or explain.",
         passage_chars=300),
-    # For the toy model of a hundred thousand parameters: only the query and the passages.
-    "toy": Prompt(system="", first="{query}", last="{query}", passage_chars=400, received="", opening=""),
+    # For the toy model of a hundred thousand parameters: only the query and the passages, each in a turn.
+    "toy": Prompt(prefix_user="{query}", prefix_assistant="", body_assistant="", suffix_user="{query}"),
 }
+
+
+def load_prompt(prompt: str) -> Prompt:
+    """The built-in prompt of this name, or the one in a file. InputError if it cannot be read.
+
+    A file has one of rank_llm's templates (see support/prompt_file.py). It is read once per process.
+    """
+    if prompt in PROMPTS:
+        return PROMPTS[prompt]
+    try:
+        if is_file(prompt):
+            return Prompt(**read_prompt_file(prompt)[0])
+        reason = "unknown prompt"
+    except OSError as error:
+        reason = error.strerror
+    raise InputError(f"{reason} {str(prompt)!r}: expected {', '.join(PROMPTS)} or a template, FILE.yaml")
 
 
 @functools.lru_cache(maxsize=8)
@@ -109,21 +135,25 @@ def build_messages(query: str, passages: list[str], prompt: str = "rearank",
 
     Passages have their white space collapsed and are shortened to `passage_chars` (default: the prompt's own,
     400 for rearank, 300 for rankgpt). They and the query go through `as_content`. Returns
-    [{"role", "content"}, ...] for a chat template; empty turns are left out.
+    [{"role", "content"}, ...] for a chat template; empty turns are left out. InputError: see load_prompt.
     """
-    if prompt not in PROMPTS:
-        raise ValueError(f"unknown prompt {prompt!r}: expected one of {', '.join(PROMPTS)}")
-    form, limit = PROMPTS[prompt], passage_chars or PROMPTS[prompt].passage_chars
-    query = as_content(query, tokenizer)
-    # str.replace and not str.format: a query may hold braces.
-    first, last = (text.replace("{num}", str(len(passages))).replace("{query}", query)
-                   for text in (form.first, form.last))
-    turns = [("system", form.system), ("user", first), ("assistant", form.opening)]
-    for i, passage in enumerate(passages, 1):
-        turns.append(("user", f"[{i}] {as_content(' '.join(passage.split())[:limit], tokenizer)}"))
-        turns.append(("assistant", form.received.replace("{i}", str(i))))
-    turns.append(("user", last))
-    return [{"role": role, "content": content} for role, content in turns if content]
+    form = load_prompt(prompt)
+    limit = passage_chars or form.passage_chars
+    whole = {"query": as_content(query, tokenizer), "num": len(passages)}
+    turns = [("system", form.system_message, whole), ("user", form.prefix_user, whole),
+             ("assistant", form.prefix_assistant, whole)]
+    for rank, passage in enumerate(passages, 1):
+        one = {"rank": rank, "candidate": as_content(" ".join(passage.split())[:limit], tokenizer)}
+        turns += [("user", form.body_user, one), ("assistant", form.body_assistant, one)]
+    turns.append(("user", form.suffix_user, whole))
+    chat: list[dict] = []
+    for role, text, fields in turns:
+        if text is None:
+            continue
+        if not chat or chat[-1]["role"] != role:
+            chat.append({"role": role, "content": ""})
+        chat[-1]["content"] += text.format(**fields)  # braces in a query or a passage stay as they are
+    return [turn for turn in chat if turn["content"]]
 
 
 def render_chat(tokenizer, messages: list[dict]) -> str:
@@ -170,12 +200,16 @@ def fit_prompt(tokenizer, query: str, passages: list[str], prompt: str, max_toke
     """(token ids of the prompt, how it was shortened).
 
     A prompt over `max_tokens` (some BRIGHT queries have thousands) is made to fit: first the query is
-    shortened to a quarter of the room, then the passages step by step. InputError if that is not enough.
+    shortened until all its places take half of the room, then the passages are, step by step. InputError if
+    that is not enough.
     """
-    limit, short = passage_chars or PROMPTS[prompt].passage_chars, query
+    form, short = load_prompt(prompt), query
+    limit = passage_chars or form.passage_chars
+    places = placeholders(form.prefix_user + (form.prefix_assistant or "") + form.suffix_user)
+    room = max_tokens // (2 * places.count("{query}"))
     ids = tokenizer(as_content(query, tokenizer), add_special_tokens=False)["input_ids"]
-    if len(ids) > max_tokens // 4:
-        short = tokenizer.decode(ids[:max_tokens // 4])
+    if len(ids) > room:
+        short = tokenizer.decode(ids[:room])
     for asked, chars in ((query, limit), *((short, c) for c in (limit, 300, 200, 100, 50) if c <= limit)):
         text = render_chat(tokenizer, build_messages(asked, passages, prompt, chars, tokenizer))
         ids = tokenizer(text + start, add_special_tokens=False)["input_ids"]

@@ -3,14 +3,9 @@
     python rearank.py --model le723z/Rearank-7B --input candidates.jsonl --output reranked.trec
     python rearank.py --model MODEL --query "how long do fleas live" documents.txt --explain
     python rearank.py --server http://host:8000/v1 --input candidates.jsonl --output reranked.trec
+    python rearank.py --model MODEL --serve 8000
 
-From top to bottom: the sliding window; `Reranker`; a run on disk; the command line.
-
-Where it departs from the paper (arXiv 2505.20046) and the authors' code:
-- 100 passages with window 20 and stride 10 make 9 windows, not 10. Lists of every length are ranked to the
-  top.
-- The prompt is an explicit choice, never guessed from a model's name (prompts.py).
-- Inference needs no vLLM: model.py encodes a prompt once, however many answers are drawn from it.
+From top to bottom: the sliding window; `Reranker`; the command line.
 """
 
 from __future__ import annotations
@@ -19,30 +14,35 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
+import random
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 
 from tqdm import tqdm
 
 from model import Agent, Completion, load_agent, sample
-from prompts import (PROMPTS, Shortened, answer_start, build_messages,
+from prompts import (Shortened, answer_start, build_messages,
                      encode_prompt,  # for `from rearank import encode_prompt`
-                     fit_context, fit_prompt)
+                     fit_context, fit_prompt, load_prompt)
 from reward import parse_ranking, sentences
+from support.chat_replies import Answer
 from support.cli import InputError, command_line, refuse, run_main, setting
-from support.device import has_native_bfloat16, out_of_memory, pick_device
-from support.files import Candidates, check_run, read_candidates, write_run
-from support.openai_client import Answer, Server
+from support.device import has_native_bfloat16, memory_advice, pick_device
+from support.files import read_candidates
+from support.fusion import fuse, pairs_won
+from support.openai_client import Server
+from support.rerank_run import CLOSING, RunOnDisk
+from support.rerank_server import serve
+from support.rounds import Rounds, one_by_one, run_rounds
 from support.streams import atomic_write, read_text
 
 # ------------------------------------------------------------------------------------------------------------
-# The sliding window
+# Which windows of a list are ranked. A generator of rounds (support/rounds.py) yields the windows of one
+# round, which do not depend on each other, is sent their orders, and returns the whole new list.
 
 
 def window_bounds(n: int, window: int = 20, stride: int = 10) -> list[tuple[int, int]]:
@@ -70,15 +70,56 @@ def sliding_window(items: list, rank_window: Callable[[list], list[int]], window
     `rank_window` gets a window's items in present order and returns their 0-based positions, best first.
     Returns a new list. ValueError unless 0 < stride <= window and each order is a permutation.
     """
+    return one_by_one(sliding_rounds(items, window, stride), rank_window)
+
+
+def sliding_rounds(items: list, window: int, stride: int, passes: int = 1) -> Rounds:
+    """The windows of `sliding_window`, one per round. `passes`: so many slides over the list (figure 7)."""
     items = list(items)
-    for start, end in window_bounds(len(items), window, stride):
+    for start, end in window_bounds(len(items), window, stride) * passes:
         present = items[start:end]
-        order = rank_window(present)
-        if sorted(order) != list(range(len(present))):
-            raise ValueError(f"expected a permutation of the window's {len(present)} positions, got {order}")
+        [order] = yield [present]
         items[start:end] = [present[i] for i in order]
     return items
 
+
+def top_down(items: list, rank_window: Callable[[list], list[int]], window: int = 20) -> list:
+    """Rerank a list by comparing it with a pivot from its top (arXiv 2405.14589). As `sliding_window`.
+
+    For those who want the first k = min(10, window // 2) alone: a perfect ranker puts them right. ValueError
+    unless window >= 2 and each order is a permutation.
+    """
+    return one_by_one(top_down_rounds(items, window), rank_window)
+
+
+def top_down_rounds(items: list, window: int) -> Rounds:
+    """The windows of `top_down`: the first one, then all others beside its k-th item, the pivot.
+
+    In each of these the pivot stands first, and what is ranked above it becomes a candidate. If there are new
+    candidates, the same again on all of them.
+    """
+    if window < 2:
+        raise ValueError(f"window {window}: expected at least 2")
+    items, behind, k = list(items), [], min(10, window // 2)
+    while len(items) > 1:
+        first, rest = items[:window], items[window:]
+        [order] = yield [first]
+        first = [first[i] for i in order]
+        if not rest:
+            return first + behind
+        pivot, parts = first[k - 1], []
+        for start in range(0, len(rest), window - 1):
+            parts.append([pivot, *rest[start:start + window - 1]])
+        above, below = [], []
+        orders = yield parts
+        for part, order in zip(parts, orders):
+            place = order.index(0)  # the pivot's
+            above += [part[i] for i in order[:place]]
+            below += [part[i] for i in order[place + 1:]]
+        items, behind = first[:k] + above, first[k:] + below + behind
+        if not above:
+            break
+    return items + behind
 
 # ------------------------------------------------------------------------------------------------------------
 # The reranker
@@ -97,7 +138,12 @@ class Window:
     shortened: Shortened
     finished: bool
     error: str = ""
+    part: int = 0  # the window's number within its round
     samples: list[tuple[str, str, list[int]]] = dataclasses.field(default_factory=list)  # of several answers
+    # Only with shuffle: the positions as each answer read them; the share of its pairs that each position of
+    # `order` won. Shares of different windows do not compare.
+    shown: list[list[int]] = dataclasses.field(default_factory=list)
+    shares: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def reasoning(self) -> str:
@@ -137,25 +183,23 @@ def document_text(document: str | dict, place: str) -> str:
     return f"{title} {text}" if title else text
 
 
-def fuse(orders: Sequence[Sequence[int]], size: int) -> list[int]:
-    """Reciprocal rank fusion: sort by the sum of 1 / (60 + rank), rank from 1. Ties keep their order."""
-    scores = [sum(1 / (61 + order.index(i)) for order in orders) for i in range(size)]
-    return sorted(range(size), key=lambda i: -round(scores[i], 12))
-
-
 @dataclasses.dataclass
 class Options:
     """The options of a reranker, in Python and on the command line."""
 
     model: str | Agent = setting("", "A model folder, a name on the hub, e.g. le723z/Rearank-7B, or on the "
                                  "server.", group="model")
-    prompt: str = setting("rearank", "The prompt the model was trained with (rankgpt: zero-shot).",
-                          choices=tuple(PROMPTS))
+    prompt: str = setting("rearank", "The prompt the model was trained with: rearank, toy, rankgpt "
+                          "(zero-shot) or a template of rank_llm, FILE.yaml.")
     window: int = setting(20, "Passages in a window.", minimum=2, group="windows and answers")
     stride: int = setting(10, "Ranks by which the window slides.", minimum=1)
+    passes: int = setting(1, "How many times the window slides over the list.", minimum=1)
+    algorithm: str = setting("sliding", "top-down: fewer rounds, for the first ten ranks.",
+                             choices=("sliding", "top-down"))
     think: bool = setting(True, "Let the model reason; --no-think fills in an empty think block.")
     temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", minimum=0)
     samples: int = setting(1, "Answers per window, fused by reciprocal ranks.", minimum=1)
+    shuffle: bool = setting(False, "Each of --samples reads another order of the window; pairs won decide.")
     passage_chars: int = setting(0, "Characters of a passage that are shown; 0: the prompt's own.", minimum=0)
     max_new_tokens: int = setting(2048, "Longest answer.", minimum=1)
     max_prompt_tokens: int = setting(4096, "Longer prompts are shortened: first the query, then passages.",
@@ -186,10 +230,15 @@ class Reranker(Options):
     """
 
     def __post_init__(self):
-        build_messages("", [], self.prompt)  # an unknown prompt raises, before anything is loaded
-        window_bounds(0, self.window, self.stride)
-        if self.samples < 1 or self.samples > 1 and not self.temperature:
+        load_prompt(self.prompt)  # faults in it are found before anything is loaded
+        if self.algorithm not in ("sliding", "top-down") or self.passes < 1:
+            raise ValueError(f"expected sliding or top-down, and 1 pass or more; found {self.algorithm}")
+        if self.algorithm == "sliding":
+            window_bounds(0, self.window, self.stride)
+        if self.samples < 1 or self.samples > 1 and not self.temperature and not self.shuffle:
             raise ValueError(f"samples {self.samples}: expected 1, or several at a temperature above 0")
+        if self.shuffle and self.samples == 1:
+            raise ValueError("shuffle: expected samples of 2 or more")
         self.opened = self.added = ""
         if self.server:
             if not self.think:
@@ -228,71 +277,94 @@ class Reranker(Options):
 
         `progress` is called with the number of answers that have just ended.
         """
-        bounds = [window_bounds(len(texts), self.window, self.stride) for _, texts in lists]
-        orders = [list(range(len(texts))) for _, texts in lists]
         windows: list[list[Window]] = [[] for _ in lists]
-        for turn in range(max(map(len, bounds), default=0)):
-            asked = [i for i, slides in enumerate(bounds) if turn < len(slides)]
-            positions = [orders[i][slice(*bounds[i][turn])] for i in asked]
-            for i, window in zip(asked, self._answer([lists[i] for i in asked], positions, turn, progress)):
-                orders[i][slice(*bounds[i][turn])] = window.order
+
+        def rank_windows(turn: int, asked: list) -> list[list[int]]:
+            answered = self._answer(lists, asked, turn, progress)
+            for (i, *_), window in zip(asked, answered):
                 windows[i].append(window)
-        return [Reranking((Result(i, rank, texts[i]) for rank, i in enumerate(order, 1)), answered)
-                for (_, texts), order, answered in zip(lists, orders, windows)]
+            return [[w.positions.index(p) for p in w.order] for w in answered]
 
-    def _answer(self, lists: list, positions: list[list[int]], turn: int, progress) -> list[Window]:
-        """Let the model answer one window per list: the texts at these positions, in the windows' turn."""
-        asked, seeds = [], []
-        for (query, texts), window in zip(lists, positions):
-            asked.append((query, [texts[p] for p in window]))
-            key = f"{self.seed}\t{query}\t{turn}".encode("utf-8", "replace")
-            seeds.append(int.from_bytes(hashlib.sha256(key).digest()[:6], "big"))
+        rounds = []
+        for _, texts in lists:
+            positions = list(range(len(texts)))
+            rounds.append(top_down_rounds(positions, self.window) if self.algorithm == "top-down" else
+                          sliding_rounds(positions, self.window, self.stride, self.passes))
+        return [Reranking((Result(i, rank, texts[i]) for rank, i in enumerate(order, 1)), of_list)
+                for (_, texts), order, of_list in zip(lists, run_rounds(rounds, rank_windows), windows)]
+
+    def _answer(self, lists: list, asked: list[tuple[int, int, list[int]]], turn: int,
+                progress) -> list[Window]:
+        """Let the model answer the windows of one round: (list, number within the round, positions)."""
+        shown, prompts, seeds = [], [], []
+        for i, part, positions in asked:
+            query, texts = lists[i]
+            key = f"{self.seed}\t{query}\t{turn}" + (f"\t{part}" if part else "")
+            seed = int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:6], "big")
+            orders = [positions]
+            if self.shuffle:  # a prompt per answer, the first in the present order
+                orders += [random.Random(f"{seed} {k}").sample(positions, len(positions))
+                           for k in range(1, self.samples)]
+            shown.append(orders)
+            prompts += [(query, [texts[p] for p in order]) for order in orders]
+            seeds += [seed + k for k in range(len(orders))]
         ask = self._ask_server if self.server else self._ask_model
-        return [self._read(window, shortened, answers)
-                for window, (shortened, answers) in zip(positions, ask(asked, seeds, progress))]
+        replies = iter(ask(prompts, seeds, 1 if self.shuffle else self.samples, progress))
+        windows = []
+        for (_, part, positions), orders in zip(asked, shown):
+            shortened, answers = zip(*itertools.islice(replies, len(orders)))
+            windows.append(self._read(positions, part, shortened[0], sum(answers, []), orders))
+        return windows
 
-    def _read(self, window: list[int], shortened: Shortened, answers: list[Answer]) -> Window:
-        """Read the answers to one window, which holds these positions.
+    def _read(self, positions: list[int], part: int, shortened: Shortened, answers: list[Answer],
+              shown: list[list[int]]) -> Window:
+        """Read the answers to one window. `shown`: its positions in the order that each answer read, or one
+        order that all read.
 
         An answer votes if it named an order. Without votes the window keeps its order.
         """
         votes, samples = [], []
-        for answer in answers:
-            ranking = parse_ranking(answer.text, len(window))
+        for answer, read in zip(answers, shown if self.shuffle else shown * len(answers)):
+            ranking = parse_ranking(answer.text, len(positions))
+            order = [read[i] for i in ranking.order]
             status = "error" if answer.error else ranking.status
             order_begun = status == "truncated" and "<answer>" in answer.text
             if status in ("ok", "repaired", "untagged") or order_begun:
-                votes.append(ranking.order)
-            samples.append((answer.text, status, [window[i] for i in ranking.order]))
-        order = [window[i] for i in fuse(votes, len(window))]
+                votes.append(([positions.index(p) for p in order], ranking.named))
+            samples.append((answer.text, status, order))
+        if self.shuffle and votes:
+            won = pairs_won(votes, len(positions))
+            best = sorted(range(len(positions)), key=lambda i: -won[i])  # ties keep their order
+        else:
+            won, best = [], fuse([order for order, _ in votes], len(positions))
         statuses = [status for _, status, _ in samples]
         return Window(
-            positions=window, response=answers[0].text, shortened=shortened, order=order,
+            positions=positions, response=answers[0].text, shortened=shortened, part=part,
+            order=[positions[i] for i in best], shares=[won[i] for i in best if won],
             status=next((status for status in statuses if status != "ok"), "ok"),
             error=next((answer.error for answer in answers if answer.error), ""),
-            tokens=sum(answer.tokens for answer in answers), prompt_tokens=answers[0].prompt_tokens,
-            finished=all(answer.finished for answer in answers), samples=samples if len(samples) > 1 else [])
+            tokens=sum(answer.tokens for answer in answers),
+            prompt_tokens=sum(answer.prompt_tokens for answer in answers[:len(shown)]),
+            finished=all(answer.finished for answer in answers), samples=samples if len(samples) > 1 else [],
+            shown=shown if self.shuffle else [])
 
-    def _ask_model(self, asked: list, seeds: list[int], progress) -> list[tuple[Shortened, list[Answer]]]:
-        """The answers of the model here to each (query, passages), and how its prompt was shortened."""
+    def _ask_model(self, asked: list, seeds: list[int], samples: int,
+                   progress) -> list[tuple[Shortened, list[Answer]]]:
+        """`samples` answers of the model here to each (query, passages), and how its prompt was shortened."""
         prompts = [fit_prompt(self.agent.tokenizer, query, passages, self.prompt, self.max_prompt_tokens,
                               self.added, self.passage_chars) for query, passages in asked]
-        try:
+        with memory_advice("for these prompts: lower --max-num-seqs"):
             groups: list[list[Completion]] = sample(
-                self.agent.model, [ids for ids, _ in prompts], self.samples, self.max_new_tokens,
+                self.agent.model, [ids for ids, _ in prompts], samples, self.max_new_tokens,
                 self.temperature, self.agent.stop_ids, seeds, self.max_num_seqs, progress)
-        except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
-            if not out_of_memory(error):
-                raise
-            raise InputError("too little memory for these prompts: lower --max-num-seqs") from None
         opened = self.opened + self.added
         return [(shortened, [Answer(opened + self.agent.decode(c), len(c.ids), len(ids), c.finished)
                              for c in group]) for (ids, shortened), group in zip(prompts, groups)]
 
-    def _ask_server(self, asked: list, seeds: list[int], progress) -> list[tuple[Shortened, list[Answer]]]:
+    def _ask_server(self, asked: list, seeds: list[int], samples: int,
+                    progress) -> list[tuple[Shortened, list[Answer]]]:
         """The same of the server, to which up to `concurrency` requests are sent at a time."""
-        def one(job):
-            messages, seed = job
+        def one(messages, seed):
             answer = self.client.answer(messages, temperature=self.temperature, seed=seed % 2**31,
                                         max_tokens=self.max_new_tokens)
             if progress:
@@ -300,154 +372,11 @@ class Reranker(Options):
             return answer
 
         chats = [build_messages(*ask, self.prompt, self.passage_chars or None) for ask in asked]
-        jobs = [(chat, seed + k) for chat, seed in zip(chats, seeds) for k in range(self.samples)]
+        jobs = [(chat, seed + k) for chat, seed in zip(chats, seeds) for k in range(samples)]
         with ThreadPool(self.concurrency) as threads:  # its threads are daemons: Ctrl-C waits for no answer
-            answers = iter(threads.map(one, jobs, 1))
-        shortened = Shortened(False, 0, self.passage_chars or PROMPTS[self.prompt].passage_chars)
-        return [(shortened, [*itertools.islice(answers, self.samples)]) for _ in asked]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# A run on disk: OUTPUT is the TREC run, OUTPUT.jsonl has a row per query and a row per window. It can be
-# resumed.
-
-# Options that cannot change an answer. All others must be the same when a run is resumed.
-FREE_TO_CHANGE = ("input", "output", "resume", "stats", "limit", "format", "explain", "tag", "concurrency",
-                  "timeout", "device", "documents", "query")
-CLOSING = ("ok", "repaired", "untagged", "truncated", "malformed", "empty", "error", "unchanged", "hit limit",
-           "prompts shortened", "queries shortened", "passages", "passages shortened", "characters removed",
-           "prompt tokens", "new tokens")
-
-
-class RunOnDisk:
-    """The files of a reranking: OUTPUT.jsonl grows with each query, OUTPUT is written at the end.
-
-    `done` counts the finished queries, `counts` is for the closing line. InputError, before any work, where
-    the files cannot be written or are another run's.
-    """
-
-    def __init__(self, settings: RerankSettings, lists: list[Candidates], input_hash: str):
-        self.settings, self.trace = settings, Path(settings.output + ".jsonl")
-        self.check_outputs(lists)
-        self.run: dict[str, list[str]] = {}
-        self.counts = Counter()
-        self.reason = ""  # why the first window without an answer has none
-        self.identity = {name: value for name, value in dataclasses.asdict(settings).items()
-                         if name not in FREE_TO_CHANGE}
-        self.identity["input"] = input_hash
-        self.identity["server"] = "some address" if settings.server else ""  # the address may change
-        self.kept = self.finished_lines(len(lists)) if settings.resume else []
-        for line in self.kept:
-            self.count(json.loads(line))
-
-    def begin(self) -> None:
-        """Begin to write, behind the lines of the run that is resumed."""
-        with atomic_write(self.trace, "wb") as file:
-            file.writelines(self.kept)
-        self.file = open(self.trace, "a", encoding="utf-8", errors="replace", newline="\n")
-
-    @property
-    def done(self) -> int:
-        return len(self.run)
-
-    def check_outputs(self, lists: list[Candidates]) -> None:
-        """InputError where writing would fail, or overwrite something that is needed."""
-        settings, trace = self.settings, self.trace
-        check_run(settings.output, {c.qid: c.docids for c in lists}, settings.tag)
-        check_run(trace, {}, settings.tag)
-        taken = {os.path.realpath(settings.input)}
-        for name in filter(None, (settings.output, trace, settings.stats)):
-            if os.path.realpath(name) in taken:
-                raise InputError(f"{name}: would overwrite the input or another output")
-            taken.add(os.path.realpath(name))
-        there = trace.read_bytes().count(b'"texts": ') if trace.exists() and not settings.resume else 0
-        if 0 < there < len(lists):
-            raise InputError(f"{trace} holds {there} of the {len(lists)} queries: pass --resume to go on, "
-                             "or remove it")
-
-    def finished_lines(self, queries: int) -> list[bytes]:
-        """The lines of OUTPUT.jsonl that a resumed run keeps. InputError where they are another run's.
-
-        An incomplete line, or a window that got no answer, ends them. The rounding of a local model's answers
-        depends on what shares their batch, so only whole batches are kept.
-        """
-        lines = self.trace.read_bytes().splitlines(True) if self.trace.exists() else []
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
-        whole, runs, row = [], [], {}  # the lines of each query, and the options it was ranked with
-        try:
-            for line in lines:
-                row = json.loads(line)
-                if "texts" in row:
-                    whole.append([])
-                    runs.append({**row["run"], "windows": row["windows"]})
-                whole[-1].append(line)
-                if row.get("status") == "error":
-                    break
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"--resume: {self.trace} is not what rearank.py writes ({error!r})") from None
-        if whole and (len(whole[-1]) <= runs[-1]["windows"] or row.get("status") == "error"):
-            whole.pop()
-        for run in runs:
-            for name in sorted({**self.identity, **run}.keys() - {"windows"}):
-                if run.get(name) != self.identity.get(name):
-                    found = f"--{name.replace('_', '-')} {run.get(name)!r}"
-                    raise InputError(f"--resume: {self.trace} was begun with "
-                                     f"{'another input' if name == 'input' else found}")
-        batch = 1 if self.settings.server else self.settings.max_num_seqs
-        kept = len(whole) if len(whole) >= queries else len(whole) // batch * batch
-        return [line for lines in whole[:kept] for line in lines]
-
-    def add(self, c: Candidates, ranking: Reranking) -> None:
-        """Write a query's rows."""
-        for row in self.rows(c, ranking):
-            self.count(row)
-            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.file.flush()
-
-    def rows(self, c: Candidates, ranking: Reranking) -> Iterator[dict]:
-        """The query with its texts and final order, then a row per window."""
-        order = [c.docids[result.index] for result in ranking] + c.docids[len(ranking):]
-        yield {"qid": c.qid, "query": c.query, "docids": c.docids, "texts": c.texts, "order": order,
-               "windows": len(ranking.windows), "run": self.identity}
-        for w in ranking.windows:
-            lengths = [len(" ".join(c.texts[p].split())) for p in w.positions]
-            removed = [n - w.shortened.passage_chars for n in lengths if n > w.shortened.passage_chars]
-            yield {"qid": c.qid, "docids": [c.docids[p] for p in w.positions], "status": w.status,
-                   "order": [c.docids[p] for p in w.order], "reasoning": w.reasoning, "response": w.response,
-                   "tokens": w.tokens, "prompt_tokens": w.prompt_tokens, "finished": w.finished,
-                   "error": w.error, "prompt_shortened": w.shortened.prompt_shortened,
-                   "query_chars_removed": w.shortened.query_chars_removed,
-                   "passages_shortened": len(removed), "chars_removed": sum(removed),
-                   "samples": [{"response": text, "status": status, "order": [c.docids[p] for p in places]}
-                               for text, status, places in w.samples]}
-
-    def count(self, row: dict) -> None:
-        """Count a row, of this run or of the part that it resumes."""
-        if "texts" in row:
-            self.run[row["qid"]] = row["order"]
-            return
-        self.counts.update({
-            "calls": len(row["samples"]) or 1, "windows": 1, row["status"]: 1,
-            "unchanged": int(row["order"] == row["docids"]), "hit limit": int(not row["finished"]),
-            "prompts shortened": int(row["prompt_shortened"]),
-            "queries shortened": int(row["query_chars_removed"] > 0), "passages": len(row["docids"]),
-            "passages shortened": row["passages_shortened"], "characters removed": row["chars_removed"],
-            "prompt tokens": row["prompt_tokens"], "new tokens": row["tokens"]})
-        self.reason = self.reason or row["error"]
-
-    def close(self, queries: int) -> None:
-        """Write the TREC run of the queries that are finished, and report problems."""
-        self.file.close()
-        if self.run:
-            write_run(self.settings.output, self.run, self.settings.tag)
-        if self.done < queries:
-            there = self.settings.output if self.run else "nothing"
-            print(f"stopped early: {there} holds {self.done} of {queries} queries; --resume goes on",
-                  file=sys.stderr)
-        if self.counts["error"]:
-            print(f"{self.counts['error']} windows without an answer, the first: {self.reason}; when the "
-                  "cause is mended, --resume asks again", file=sys.stderr)
+            answers = iter(threads.starmap(one, jobs, 1))
+        shortened = Shortened(False, 0, self.passage_chars or load_prompt(self.prompt).passage_chars)
+        return [(shortened, [*itertools.islice(answers, samples)]) for _ in asked]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -471,6 +400,9 @@ class Files:
     resume: bool = setting(False, "Go on with an OUTPUT that was interrupted.")
     stats: str = setting("", "A file for the closing line's counts, as JSON.")
     tag: str = setting("rearank", "The run's name, the last column of the TREC run.")
+    serve: int | None = setting(None, "Instead: rerank what other programs send to /rerank at this port.",
+                                type=int, minimum=0, group="for other programs")
+    host: str = setting("127.0.0.1", "With --serve: the address to listen at.")
 
 
 @dataclasses.dataclass
@@ -500,17 +432,20 @@ def rerank_file(settings: RerankSettings, agent: Agent | None = None) -> Counter
     reranker = make_reranker(settings, agent)
     run.begin()
     batch_size = settings.concurrency if settings.server else settings.max_num_seqs
-    windows = sum(len(window_bounds(min(len(c.docids), k), settings.window, settings.stride)) for c in lists)
+    calls = None  # not known beforehand for top-down
+    if settings.algorithm == "sliding":
+        slides = [window_bounds(min(len(c.docids), k), settings.window, settings.stride) for c in lists]
+        calls = sum(map(len, slides)) * settings.passes * settings.samples
     try:
-        with tqdm(total=windows * settings.samples, initial=run.counts["calls"], unit="answer") as bar:
-            for first in range(run.done, len(lists), batch_size):
+        with tqdm(total=calls, initial=run.counts["calls"], unit="answer") as bar:
+            for first in range(len(run.orders), len(lists), batch_size):
                 batch = lists[first:first + batch_size]
                 rankings = reranker.rank_many([(c.query, c.texts[:k]) for c in batch], bar.update)
                 for c, ranking in zip(batch, rankings):
                     run.add(c, ranking)
     finally:
         run.close(len(lists))
-    run.counts.update(queries=run.done, seconds=round(time.time() - started))
+    run.counts.update(queries=len(run.orders), seconds=round(time.time() - started))
     return run.counts
 
 
@@ -541,10 +476,15 @@ def rank_lines(settings: RerankSettings) -> int:
 
 def check_options(settings: RerankSettings) -> None:
     """InputError for what is missing, or has no effect in the chosen mode."""
+    load_prompt(settings.prompt)
     needs = [(settings.model or settings.server, "--model (or --server)")]
-    if settings.query or settings.documents:
+    files = "input output resume stats tag limit".split()
+    if settings.serve is not None:
+        refuse(settings, [*files, "query", "documents", "explain", "format", "top_k"],
+               "has no effect with --serve")
+    elif settings.query or settings.documents:
         needs += [(settings.query, "--query"), (settings.documents, "DOCUMENTS")]
-        refuse(settings, "input output resume stats tag limit".split(), "has no effect with --query")
+        refuse(settings, files, "has no effect with --query")
     else:
         needs += [(settings.input, "--input (or --query)"), (settings.output, "--output")]
         refuse(settings, ["explain", "format"], "has no effect without --query")
@@ -553,10 +493,12 @@ def check_options(settings: RerankSettings) -> None:
                "has no effect with --server")
     else:
         refuse(settings, ["concurrency", "timeout"], "has no effect without --server")
+    if settings.serve is None:
+        refuse(settings, ["host"], "has no effect without --serve")
+    if settings.algorithm == "top-down":
+        refuse(settings, ["stride", "passes"], "has no effect with --algorithm top-down")
     if missing := [name for given, name in needs if not given]:
         raise InputError(f"expected {' and '.join(missing)}; --help lists all options")
-    if os.path.isdir(settings.stats):
-        raise InputError(f"--stats {settings.stats}: is a folder; expected the name of a file to write")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -565,8 +507,11 @@ def main(argv: list[str] | None = None) -> int:
     check_options(settings)
     if settings.query:
         return rank_lines(settings)
+    if settings.serve is not None:
+        serve(make_reranker(settings).rank_many, settings.serve, settings.host, settings.model)
     counts = rerank_file(settings)
-    print(f"{counts['queries']} queries, {counts['calls']} calls in {counts['seconds']} s:",
+    print(f"{counts['queries']} queries, {counts['calls']} calls in {counts['rounds']} rounds, "
+          f"{counts['seconds']} s:",
           ", ".join(f"{counts[name]:,} {name}" for name in CLOSING))
     print(f"{settings.output} is the run, {settings.output}.jsonl the reasoning (report.py shows it)")
     if not counts["ok"] + counts["repaired"] + counts["untagged"]:

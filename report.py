@@ -95,9 +95,12 @@ def describe(query: dict, judged: dict[str, int] | None, text_chars: int = 5000)
     docids, order, windows = query["docids"], query["order"], []
     number, (paths, end) = {docid: n for n, docid in enumerate(docids)}, replay(docids, query["windows"])
     labels = {docid: (judged or {}).get(trec_id(docid)) for docid in docids}
+    if any("part" in row for row in query["windows"]):  # top-down: only begin and end of a path are known
+        paths = {docid: [(0, n + 1, order.index(docid) + 1)] for docid, n in number.items()}
+        end = order
     for n, row in enumerate(query["windows"], 1):
         head, _, tail = row["response"].partition(row["reasoning"] or "\0")
-        ranks = [before for docid in row["order"] for w, before, _ in paths[docid] if w == n]
+        ranks = [before for docid in row["order"] for w, before, _ in paths[docid] if w in (0, n)]
         status = row["status"]
         if not row["finished"]:
             status += ", hit limit"

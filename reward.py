@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SCHEMES = ("normalized", "absolute", "difference")
 
@@ -51,6 +51,7 @@ class Ranking:
 
     order: list[int]
     status: str
+    named: int = field(default=0, repr=False, compare=False)  # so many of `order`, the first ones, are named
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def parse_ranking(response: str | None, num_passages: int) -> Ranking:
     Ranking(order=[2, 0, 1], status='untagged')
     """
     ids, status, _ = _read(response, num_passages)
-    return Ranking(_order(ids, num_passages), status)
+    named = len(set(ids).intersection(range(1, num_passages + 1)))
+    return Ranking(_order(ids, num_passages), status, named)
 
 
 def _order(ids: list[int], n: int) -> list[int]:

@@ -25,8 +25,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from data import expand
-from eval import bootstrap_interval, evaluate
-from eval import main as eval_main
+from eval import bootstrap_interval, evaluate, main as eval_main
 from model import Agent
 from rearank import Reranker
 from reward import parse_ranking
@@ -195,9 +194,10 @@ class ToyExam:
         self.tasks = {"window": toy_task(n, size, seed, held_out=True),
                       "long": toy_task(n // 4, 4 * size, seed + 1, held_out=True)}
         self.scores = {kind: {} for kind in self.tasks}  # NDCG@10 of each query, by list and model
-        for kind, (candidates, qrels) in self.tasks.items() if rank() == 0 else ():
-            write_candidates(folder / f"{kind}.jsonl", candidates)
-            write_qrels(folder / f"{kind}.qrels", qrels)
+        if rank() == 0:
+            for kind, (candidates, qrels) in self.tasks.items():
+                write_candidates(folder / f"{kind}.jsonl", candidates)
+                write_qrels(folder / f"{kind}.qrels", qrels)
 
     def evaluate(self, name: str, agent: Agent | None, kinds: Sequence[str] = ("window", "long"),
                  think: bool = True) -> None:
@@ -205,7 +205,9 @@ class ToyExam:
 
         Only rank 0 does. The other ranks wait at the next collective.
         """
-        for kind in kinds if rank() == 0 else ():
+        if rank() > 0:
+            return
+        for kind in kinds:
             (candidates, qrels), run = self.tasks[kind], self.folder / f"{kind}.{name}.trec"
             orders = [range(len(c.docids)) for c in candidates]
             if agent:
@@ -214,8 +216,7 @@ class ToyExam:
                                     max_num_seqs=256, max_new_tokens=self.settings.max_new_tokens)
                 rankings = reranker.rank_many([(c.query, c.texts) for c in candidates])
                 orders = [[result.index for result in ranking] for ranking in rankings]
-            ranked = [(c.qid, [c.docids[i] for i in order]) for c, order in zip(candidates, orders)]
-            write_run(run, dict(ranked), name)
+            write_run(run, {c.qid: [c.docids[i] for i in o] for c, o in zip(candidates, orders)}, name)
             scores = evaluate(qrels, read_run(run), ["ndcg_cut.10"])
             self.scores[kind][name] = [scores[c.qid]["ndcg_cut_10"] for c in candidates]
 
@@ -225,10 +226,9 @@ class ToyExam:
         summary = {"queries": len(window["grpo"])} | {name: statistics.fmean(window[name]) for name in window}
         summary["sliding_window"] = {name: statistics.fmean(long[name]) for name in long}
         for name, over in (("gain", "warm_start"), ("gain_over_doubled", "warm_start_doubled")):
-            if over not in window:  # without --control
-                continue
-            interval = bootstrap_interval([a - b for a, b in zip(window["grpo"], window[over])])
-            summary[name] = dict(zip(("mean", "low", "high"), interval))
+            if over in window:  # only --control makes the second
+                interval = bootstrap_interval([a - b for a, b in zip(window["grpo"], window[over])])
+                summary[name] = dict(zip(("mean", "low", "high"), interval))
         return summary
 
     def finish(self, seconds: float) -> None:

@@ -5,27 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.utils import find_adapter_config_file, logging
 
 from support.cli import InputError
-from support.download import hub_answers
 from support.device import out_of_memory
+from support.download import hub_answers
 from support.lora import merged_state
-
-# Files read beside config.json. Of the weights and of the vocabulary, transformers reads the first found.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-           "pytorch_model.bin.index.json")
-VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja",
-            "special_tokens_map.json", "added_tokens.json")
+from support.model_files import OPTIONAL, VOCABULARY, WEIGHTS, check_content, present, read_json
 
 
 @contextlib.contextmanager
@@ -35,12 +27,9 @@ def reading(name: str, what: str):
     On damaged files the libraries raise exceptions of every kind; a panic in tokenizers' Rust code is not
     even an Exception. transformers' warnings are silenced, and its progress bars if stderr is no terminal.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     try:
-        yield
+        with quiet(bars=sys.stderr.isatty()):
+            yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
@@ -54,9 +43,21 @@ def reading(name: str, what: str):
                           f"{transformers.__version__} and tokenizers {tokenizers.__version__}")
             reason = f"{what} cannot be loaded ({type(error).__name__}: {reason[:200]}); {advice}"
         raise InputError(f"--model {name}: {reason}") from None
+
+
+@contextlib.contextmanager
+def quiet(bars: bool = False):
+    """Silence transformers' warnings and, without `bars`, its progress bars."""
+    verbosity, enabled = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def read_config(name: str):
@@ -71,10 +72,10 @@ def read_config(name: str):
         if a_path and not folder.is_dir():
             raise InputError("no such model folder (one with config.json, as save_pretrained writes it; or "
                              "pass a hub name like Qwen/Qwen2.5-7B)")
-        if (folder / "saves").is_dir() and (folder / "checkpoint").is_dir():
+        if (folder / "checkpoint/config.json").is_file():
             raise InputError(f"this is the folder of a run of grpo.py; pass {folder / 'checkpoint'}")
         if adapter := find_adapter_config_file(name, local_files_only=local):
-            raise holds_adapter(Path(adapter).absolute())
+            raise adapter_error(Path(adapter).absolute())
         if a_path:
             check_content(present(folder, ["config.json"]))
         source = {"local_files_only": local, "trust_remote_code": False}
@@ -136,52 +137,7 @@ def load_tokenizer(name: str, **source):
     return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name, **source)
 
 
-def present(folder: Path, names: Sequence[str]) -> Path:
-    """The first of these files that is in the folder. InputError, with the files found, if none is."""
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    there = ", ".join(sorted(path.name for path in folder.iterdir() if path.exists())[:8]) or "nothing"
-    inside = folder / "checkpoint"  # of a run of grpo.py
-    advice = f"; pass {inside}" if (inside / "config.json").is_file() else ""
-    raise InputError(f"there is no {names[0]} in this folder, only {there}{advice}")
-
-
-def check_content(path: Path) -> None:
-    """InputError, with the file's name, if the content is damaged or of another kind."""
-    fault = ""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(200).strip().lower()
-        if not head:
-            fault = "is empty"
-        elif head.startswith(b"version https://git-lfs"):
-            fault = "is a Git LFS pointer, not the file itself"
-        elif head.startswith((b"<!doctype", b"<html")):
-            fault = "is a web page, not the file itself"
-        elif path.suffix == ".json":
-            read_json(path)
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt"):  # reads the header and compares it with the file's size
-                pass
-    except (OSError, SafetensorError) as error:
-        fault = f"cannot be read ({error})"
-    if fault:
-        raise InputError(f"{path.name} {fault}; fetch it again (`hf download` or `git lfs pull`)")
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. InputError, with the file's name, if it holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} is not JSON in UTF-8, or not whole ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path.name} holds {json.dumps(content)[:50]}, not a JSON object")
-    return content
-
-
-def holds_adapter(config: Path) -> InputError:
+def adapter_error(config: Path) -> InputError:
     """The error for an adapter, which we do not load: it names the base and what to pass instead."""
     base, merged = read_json(config).get("base_model_name_or_path"), config.parent.with_name("checkpoint")
     advice = "merge it into its base (peft's merge_and_unload) and pass the result"
@@ -222,9 +178,8 @@ def write_model(agent, folder: Path) -> None:
     transformers 4, and engines built on it, read RoPE's base and the precision under their older names (and
     take 10,000 for a base they do not find), and do not know the tokenizer class of transformers 5.
     """
-    logging.disable_progress_bar()  # transformers' bar would break up our own
-    agent.model.save_pretrained(folder, state_dict=merged_state(agent.model))
-    logging.enable_progress_bar()
+    with quiet():  # transformers' bar would break up our own
+        agent.model.save_pretrained(folder, state_dict=merged_state(agent.model))
     agent.tokenizer.save_pretrained(folder)
     config, tokenizer = (read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
     rope = config.get("rope_parameters") or {}

@@ -26,6 +26,7 @@ from support.checkpoint import write_model
 from support.cli import InputError
 from support.distributed import gather, rank, say, world_size
 from support.lora import save_adapter
+from support.prompt_file import prompt_record
 from support.streams import atomic_write
 from support.training_log import TrainingLog, log_files
 
@@ -59,7 +60,8 @@ class RunFolder:
                 print(f"{self.path} held an earlier run, which is now {aside}")
                 self.lock()
             with atomic_write(self.path / "config.json") as file:
-                json.dump(dataclasses.asdict(settings) | {"trained_on": trained_on}, file, indent=2)
+                config = dataclasses.asdict(settings) | {"prompt": prompt_record(settings.prompt)}
+                json.dump(config | {"trained_on": trained_on}, file, indent=2)
         gather([])  # no rank looks into the folder before it is ready
 
     def lock(self) -> None:
@@ -252,8 +254,11 @@ def earlier_config(settings) -> dict:
     if "group_size" not in earlier or (path / "latest").is_symlink():
         raise InputError(f"--resume: {path} was begun by an earlier version of this code; begin a new run "
                          "with another --out")
+    now = vars(settings) | {"prompt": prompt_record(settings.prompt)}
     for name in FIXED:
-        if earlier.get(name) != getattr(settings, name, None):
+        if earlier.get(name) != now.get(name):
             option = f"--{name.replace('_', '-')} {earlier.get(name)!r}"
+            if name == "prompt":
+                option += f"; {settings.prompt} is another"
             raise InputError(f"--resume: {path} was begun with {option}")
     return earlier

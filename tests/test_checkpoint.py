@@ -133,7 +133,7 @@ def test_a_file_that_is_absent_is_named_with_those_that_are_there(saved, refusal
     inside = saved.parent / "run" / "checkpoint"
     inside.mkdir(parents=True)
     (inside / "config.json").touch()
-    assert refusal(inside.parent).endswith(f"only checkpoint; pass {inside}")
+    assert refusal(inside.parent).endswith(f"this is the folder of a run of grpo.py; pass {inside}")
 
 
 def test_a_shard_that_is_absent_or_a_pointer_is_named(saved, refusal):

@@ -15,9 +15,10 @@ import rearank
 from prompts import build_messages
 from rearank import Reranker
 from support import openai_client
+from support.chat_replies import tagged_text
 from support.cli import InputError
 from support.files import read_run, write_candidates
-from support.openai_client import Server, tagged_text
+from support.openai_client import Server
 from toy import toy_task
 
 

@@ -5,21 +5,28 @@ import gzip
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
 
 import rearank
 from model import Completion
-from rearank import Reranker, RerankSettings, fuse, rerank_file, sliding_window, window_bounds
+from prompts import Shortened
+from rearank import Reranker, RerankSettings, rerank_file, sliding_window, top_down, window_bounds
+from support.chat_replies import Answer
 from support.cli import InputError, command_line
 from support.files import Candidates, read_run, write_candidates
+from support.fusion import fuse, pairs_won
+from support.prompt_file import read_prompt_file
+from support.rerank_run import FREE_TO_CHANGE
 from toy import toy_agent, toy_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +72,63 @@ def test_a_stride_that_would_skip_items_is_refused():
             sliding_window([1, 2, 3], lambda w: [0, 1, 2], window, stride)
     with pytest.raises(ValueError, match="permutation"):
         sliding_window([1, 2, 3], lambda w: [0, 0, 1])
+
+
+def perfect(seen=None):
+    """A ranker of numbers, the smaller the better. `seen` gets each window."""
+    def rank_window(items):
+        if seen is not None:
+            seen.append(list(items))
+        return sorted(range(len(items)), key=items.__getitem__)
+    return rank_window
+
+
+@pytest.mark.parametrize("window", [2, 3, 4, 7, 20, 30])
+def test_top_down_puts_the_best_first_for_every_length_and_reads_every_rank(window):
+    k = min(10, window // 2)
+    for n in [*range(60), 100, 137]:
+        for seed in ("best first", "worst first", 0, 1):
+            items = list(range(n))
+            if seed == "worst first":
+                items.reverse()
+            elif seed != "best first":
+                random.Random(seed).shuffle(items)
+            given, seen = list(items), []
+            result = top_down(items, perfect(seen), window)
+            assert items == given and sorted(result) == list(range(n))
+            assert result[:k] == list(range(min(k, n)))
+            assert set().union(*seen) == (set(items) if n > 1 else set())
+            assert all(2 <= len(present) <= window for present in seen)
+            assert len(seen) == 1 or n > window or n < 2
+
+
+def test_top_down_of_100_in_ideal_order_are_six_calls_in_two_rounds():
+    seen = []
+    assert top_down(list(range(100)), perfect(seen)) == list(range(100))
+    assert [len(present) for present in seen] == [20, 20, 20, 20, 20, 5]
+    assert all(present[0] == 9 for present in seen[1:])  # the pivot, the tenth of the first window
+
+
+def test_top_down_with_a_policy_that_answers_nothing_moves_nothing():
+    seen = []
+    assert top_down("abcdefghijk", lambda w: seen.append(w) or [*range(len(w))], 4) == [*"abcdefghijk"]
+    assert ["".join(w) for w in seen] == ["abcd", "befg", "bhij", "bk"]
+
+
+def test_top_down_keeps_the_order_of_what_is_not_among_the_first():
+    """12 is ranked above the pivot 2: the candidates are 1, 2 and 12."""
+    seen, better = [], [12, 1, 2, 3, 4, 5, 6, 7, 8]
+    found = top_down([1, 2, 3, 4, 8, 12, 7, 6, 5], lambda w: seen.append(list(w)) or sorted(
+        range(len(w)), key=lambda i: better.index(w[i])), 4)
+    assert seen == [[1, 2, 3, 4], [2, 8, 12, 7], [2, 6, 5], [1, 2, 12]]
+    assert found == [12, 1, 2, 3, 4, 7, 8, 5, 6]
+
+
+def test_top_down_refuses_a_window_of_one_and_what_is_no_permutation():
+    with pytest.raises(ValueError, match="at least 2"):
+        top_down([1, 2], perfect(), 1)
+    with pytest.raises(ValueError, match="permutation"):
+        top_down([1, 2, 3], lambda w: [0, 0, 1])
 
 
 def test_the_input_list_is_left_alone():
@@ -194,6 +258,111 @@ def test_several_answers_are_fused_by_reciprocal_ranks(toy):
     assert len({text for text, *_ in window.samples}) == 3 and window.response == window.samples[0][0]
     with pytest.raises(ValueError, match="temperature above 0"):
         Reranker(toy, "toy", samples=3)
+
+
+def test_shuffled_answers_are_ordered_by_the_pairs_that_they_win():
+    assert pairs_won([([2, 0, 1], 3), ([2, 1, 0], 3)], 3) == [1 / 4, 1 / 4, 1.0]
+    assert pairs_won([([3, 0, 1, 2], 1)], 4) == [0.0, 0.0, 0.0, 1.0]  # nothing is known of the other three
+
+
+def words_in_order(seen=None):
+    """Stands for the model: names the two passages that begin with the smallest letters, best first."""
+    def ask(self, asked, seeds, samples, progress):
+        replies = []
+        for query, passages in asked:
+            if seen is not None:
+                seen.append((query, "".join(passages), samples))
+            best = sorted(range(len(passages)), key=lambda i: passages[i])[:2]
+            text = "<answer> " + " > ".join(f"[{i + 1}]" for i in best) + " </answer>"
+            replies.append((Shortened(False, 0, 400), [Answer(text, 5, 7)] * samples))
+        return replies
+    return ask
+
+
+def test_with_shuffle_each_answer_reads_another_order_and_the_pairs_decide(toy, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Reranker, "_ask_model", words_in_order(seen))
+    reranker = Reranker(toy, "toy", samples=4, shuffle=True)  # at temperature 0
+    ranking = reranker.rank("rain", [*"dcbae"])
+    [window] = ranking.windows
+    shown = ["".join("dcbae"[p] for p in order) for order in window.shown]
+    assert [(query, order) for query, order, _ in seen] == [("rain", order) for order in shown]
+    assert shown[0] == "dcbae" and len({*shown}) == 4 and {samples for *_, samples in seen} == {1}
+    assert "".join(result.text for result in ranking) == "abdce"  # d, c, e: not named, in their order
+    assert window.shares == [1.0, 0.75, 0.0, 0.0, 0.0] and window.order == [3, 2, 0, 1, 4]
+    assert [order[:2] for *_, order in window.samples] == [[3, 2]] * 4  # the positions in the list
+    assert window.tokens == 20 and window.prompt_tokens == 28
+    again = reranker.rank("rain", [*"dcbae"]).windows[0].shown
+    assert again == window.shown and reranker.rank("bread", [*"dcbae"]).windows[0].shown != again
+    with pytest.raises(ValueError, match="samples of 2 or more"):
+        Reranker(toy, "toy", shuffle=True)
+
+
+def test_shuffled_answers_without_an_order_leave_the_window_as_it_is(toy, monkeypatch):
+    monkeypatch.setattr(Reranker, "_ask_model", lambda self, asked, *_: [
+        (Shortened(False, 0, 400), [Answer("nothing", 1, 1)]) for _ in asked])
+    [window] = Reranker(toy, "toy", samples=3, shuffle=True).rank("rain", [*"cab"]).windows
+    assert window.order == [0, 1, 2] and window.shares == [] and window.status == "malformed"
+
+
+@pytest.mark.parametrize("options", [{"algorithm": "top-down"}, {"passes": 2}, {}])
+def test_lists_that_share_batches_are_ranked_as_each_by_itself(toy, monkeypatch, options):
+    seen, texts = [], [["kbcdefghija", "abcdef", "ba", "z", ""], []]
+    monkeypatch.setattr(Reranker, "_ask_model", words_in_order(seen))
+    reranker = Reranker(toy, "toy", window=4, stride=2, **options)
+    together = reranker.rank_many([(f"q{n}", [*text]) for n, text in enumerate(texts[0])])
+    calls = sorted(seen)
+    seen.clear()
+    alone = [reranker.rank(f"q{n}", [*text]) for n, text in enumerate(texts[0])]
+    assert [[r.index for r in found] for found in together] == [[r.index for r in found] for found in alone]
+    assert sorted(seen) == calls and len(calls) == sum(len(found.windows) for found in together)
+    whole = reranker.rank("q0", [*texts[0][0]])
+    rank_window = lambda w: [*sorted(range(len(w)), key=w.__getitem__)[:2], *[  # noqa: E731
+        i for i in range(len(w)) if i not in sorted(range(len(w)), key=w.__getitem__)[:2]]]
+    if options.get("algorithm"):
+        wanted = top_down([*texts[0][0]], rank_window, 4)
+    else:
+        wanted = [*texts[0][0]]
+        for _ in range(options.get("passes", 1)):
+            wanted = sliding_window(wanted, rank_window, 4, 2)
+    assert [result.text for result in whole] == wanted
+
+
+def test_the_windows_of_a_round_have_random_numbers_of_their_own(toy, monkeypatch):
+    seeds = []
+
+    def ask(self, asked, of_windows, samples, progress):
+        seeds.append(of_windows)
+        return words_in_order()(self, asked, of_windows, samples, progress)
+
+    monkeypatch.setattr(Reranker, "_ask_model", ask)
+    Reranker(toy, "toy", window=4, algorithm="top-down").rank("rain", [*"abcdefghij"])
+    assert [len(of_windows) for of_windows in seeds] == [1, 2] and len({*sum(seeds, [])}) == 3
+    top, seeds[:] = seeds[0], []
+    Reranker(toy, "toy", window=4, stride=2).rank("rain", [*"abcd"])
+    assert seeds == [top]  # of the first window, as without rounds
+
+
+def test_a_run_top_down_and_shuffled_is_written_counted_and_resumed(toy, tmp_path, capsys):
+    write_candidates(tmp_path / "c.jsonl", toy_task(2, 9, seed=0)[0])
+    settings = settings_of(tmp_path, max_num_seqs=1, window=4, algorithm="top-down", shuffle=True, samples=2)
+    counts = rerank_file(settings, toy)
+    whole = (tmp_path / "r.jsonl").read_bytes()
+    rows = [row for row in map(json.loads, whole.splitlines()) if "texts" not in row]
+    assert [row["part"] for row in rows] == [0, 0, 1] * 2  # the untrained toy answers nothing
+    assert counts["rounds"] == 4 and counts["calls"] == 12
+    assert any(sample["docids"] != row["docids"] for row in rows for sample in row["samples"][1:])
+    assert all(row["samples"][0]["docids"] == row["docids"] and "shares" in row for row in rows)
+    (tmp_path / "r.jsonl").write_bytes(b"".join(whole.splitlines(True)[:6]))
+    assert rerank_file(dataclasses.replace(settings, resume=True), toy) == counts | {"seconds": ANY}
+    assert (tmp_path / "r.jsonl").read_bytes() == whole
+
+
+def test_without_the_new_options_the_rows_have_no_new_fields(toy, tmp_path):
+    write_candidates(tmp_path / "c.jsonl", toy_task(1, 4, seed=0)[0])
+    rerank_file(settings_of(tmp_path, temperature=1.0, samples=2), toy)
+    row = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[1])
+    assert not {"part", "shares"} & row.keys() and {*row["samples"][0]} == {"response", "status", "order"}
 
 
 def test_of_several_answers_one_that_hit_the_limit_is_noticed(toy, monkeypatch):
@@ -469,12 +638,12 @@ def test_a_run_with_a_limit_is_continued_by_resume_without_it(tmp_path, toy):
 GUARDED = {"model": "other", "prompt": "rankgpt", "window": 7, "stride": 2, "think": False,
            "temperature": 0.5, "samples": 2, "passage_chars": 30, "max_new_tokens": 5,
            "max_prompt_tokens": 90, "max_num_seqs": 3, "seed": 1, "server": "http://127.0.0.1:9/v1",
-           "dtype": "float32", "top_k": 3}
+           "dtype": "float32", "top_k": 3, "passes": 2, "algorithm": "top-down", "shuffle": True}
 
 
 def test_every_setting_is_guarded_by_resume_or_cannot_change_an_answer():
     fields = {field.name for field in dataclasses.fields(RerankSettings)}
-    assert fields == GUARDED.keys() | set(rearank.FREE_TO_CHANGE) | {"input"}
+    assert fields == GUARDED.keys() | set(FREE_TO_CHANGE) | {"input"}
 
 
 @pytest.mark.parametrize("name", list(GUARDED))
@@ -488,6 +657,25 @@ def test_a_run_is_not_resumed_with_another_setting_and_the_setting_is_named(tmp_
     with pytest.raises(InputError, match=was):
         rerank_file(other, toy)
     assert (tmp_path / "r.jsonl").read_bytes() == before
+
+
+def test_a_prompt_file_may_move_between_two_parts_of_a_run_but_not_change(tmp_path, toy):
+    write_candidates(tmp_path / "c.jsonl", toy_task(2, 4, seed=0)[0])
+    template = "method: singleturn_listwise\nprefix: '{query} '\nbody: '[{rank}] {candidate} '\n"
+    first, moved = tmp_path / "first.yaml", tmp_path / "elsewhere" / "second.yaml"
+    first.write_text(template)
+    settings = settings_of(tmp_path, max_num_seqs=1, limit=1, prompt=str(first))
+    rerank_file(settings, toy)
+    before = (tmp_path / "r.jsonl").read_bytes()
+    first.write_text(template.replace("{query}", "{query} rain"))
+    read_prompt_file.cache_clear()  # a new process
+    with pytest.raises(InputError, match=f"begun with --prompt 'file with SHA-256 .*'; {first} is another"):
+        rerank_file(dataclasses.replace(settings, limit=0, resume=True), toy)
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+    moved.parent.mkdir()
+    moved.write_text(template)
+    rerank_file(dataclasses.replace(settings, limit=0, resume=True, prompt=str(moved)), toy)
+    assert (tmp_path / "r.jsonl").read_bytes().startswith(before) and len(read_run(tmp_path / "r")) == 2
 
 
 def test_a_file_that_holds_parts_of_two_runs_is_not_resumed(tmp_path, toy):
@@ -527,13 +715,19 @@ def test_resume_refuses_a_file_that_is_no_run_of_ours(tmp_path, toy, content):
 WITH_QUERY = ["--model", "m", "--query", "q", "lines.txt"]
 WITH_INPUT = ["--model", "m", "--input", "c.jsonl", "--output", "r"]
 WITH_SERVER = ["--server", "http://127.0.0.1:9/v1", *WITH_INPUT]
+WITH_SERVE = ["--model", "m", "--serve", "8000"]
 WITHOUT_EFFECT = [
     *[(WITH_QUERY, option, "with --query") for option in (
         "--input c.jsonl", "--output r", "--stats s.json", "--resume", "--tag mine", "--limit 3")],
     *[(WITH_INPUT, option, "without --query") for option in ("--explain", "--format text", "--format json")],
     *[(WITH_SERVER, option, "with --server") for option in (
         "--device cpu", "--dtype float32", "--max-num-seqs 32", "--max-prompt-tokens 9")],
-    *[(WITH_INPUT, option, "without --server") for option in ("--concurrency 8", "--timeout 9")]]
+    *[(WITH_INPUT, option, "without --server") for option in ("--concurrency 8", "--timeout 9")],
+    *[(WITH_SERVE, option, "with --serve") for option in (
+        "--input c.jsonl", "--output r", "--query q", "--top-k 5", "--limit 3", "--explain")],
+    *[([*WITH_INPUT, "--algorithm", "top-down"], option, "with --algorithm top-down")
+      for option in ("--stride 10", "--passes 2")],
+    (WITH_INPUT, "--host 0.0.0.0", "without --serve")]
 
 
 @pytest.mark.parametrize("mode, option, reason", WITHOUT_EFFECT)
@@ -562,7 +756,8 @@ def test_help_shows_first_what_is_read_and_written_and_last_memory_and_the_serve
     shown = capsys.readouterr().out
     assert left.value.code == 0 and "python rearank.py --model" in shown.partition("options:")[0]
     headings = re.findall(r"^(\w[\w ]*):$", shown.partition("options:")[2], re.M)
-    assert headings == ["input and output", "model", "windows and answers", "server", "device"]
+    assert headings == ["input and output", "for other programs", "model", "windows and answers", "server",
+                        "device"]
     first = shown[shown.index("input and output:"):shown.index("model:\n")]
     for option in ("--input", "--output", "--query", "DOCUMENTS", "--resume"):
         assert re.search(rf"^  {option}[, ]", first, re.M)
