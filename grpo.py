@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import toy
-from data import judged_labels, read_candidates, read_qrels, training_instances
+from data import judged_labels, training_instances
 from model import (Agent, Completion, Microbatch, answer_losses, load_agent, load_config, microbatches,
                    padded, sample, token_mask)
 from prompts import answer_start, encode_prompt, fit_context, fit_prompt, load_prompt
@@ -41,11 +41,12 @@ from support import distributed
 from support.cli import InputError, command_line, refuse, run_main, setting
 from support.device import memory_advice, peak_mib, pick_device
 from support.distributed import gather, my_share, on_all_ranks, say
-from support.files import Candidates, Instance
+from support.files import Candidates, Instance, read_held_out
 from support.lora import add_lora
 from support.memory import plan
-from support.optimizer import MasterAdamW
+from support.optimizer import MasterAdamW, learning_rate
 from support.run_folder import Phase, RunFolder, earlier_config, holds_run
+from support.training_log import progress
 
 # ------------------------------------------------------------------------------------------------------------
 # Advantage and loss
@@ -331,12 +332,6 @@ def frozen_copy(model):
     return copy.deepcopy(model, frozen).requires_grad_(False)
 
 
-def progress(done: int, steps: int, title: str) -> tqdm:
-    """The numbers of the steps that are left, with a progress bar on rank 0."""
-    return tqdm(range(done + 1, steps + 1), desc=title, initial=done, total=steps, unit="step",
-                disable=distributed.rank() > 0)
-
-
 def batch_of(instances: list[Instance], step: int, settings: TrainSettings) -> list[Instance]:
     """The instances of step 1, 2, ...: a new shuffle each time all have been used.
 
@@ -349,12 +344,6 @@ def batch_of(instances: list[Instance], step: int, settings: TrainSettings) -> l
         random.Random(f"{settings.seed} {epoch}").shuffle(shuffled)
         pool += shuffled
     return pool[(step - 1) * B % n:][:B]
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: bool) -> float:
-    """Linear warm-up, then constant or, with `decay`, falling linearly to a tenth. Steps count from 1."""
-    fall = 1.0 - 0.9 * max(0, step - warmup) / max(1, steps - warmup) if decay else 1.0
-    return peak * min(1.0, step / max(1, warmup)) * fall
 
 
 def validate(agent: Agent, candidates: list[Candidates], qrels: dict,
@@ -562,7 +551,9 @@ def train_model(settings: TrainSettings) -> int:
         settings.data, settings.qrels, draws=settings.draws, size=settings.window, order=settings.order,
         keep=settings.keep_draws, min_ndcg=settings.min_ndcg, seed=settings.seed)
     settings.data = chosen["data"]  # what auto stood for: --resume keeps to it
-    held_out = read_held_out(settings, {x.qid for x in instances}) if settings.eval_data else None
+    held_out = None
+    if settings.eval_data:
+        held_out = read_held_out(settings.eval_data, settings.eval_qrels, {x.qid for x in instances})
     agent = load_agent(settings.model, settings.device, settings.dtype)  # last: it is slow
     say(f"{len(instances)} training instances of {chosen['queries']} queries; {settings.prompts_per_step} "
         f"prompts x {settings.group_size} rollouts per step, {settings.steps} steps")
@@ -580,17 +571,6 @@ def train_model(settings: TrainSettings) -> int:
     say(f"{folder.path}/checkpoint is the trained model; rerank with it:\n  python rearank.py --model "
         f"{folder.path}/checkpoint --prompt {settings.prompt} --input CANDIDATES --output RUN")
     return 0
-
-
-def read_held_out(settings: TrainSettings, trained_on: set[str]) -> tuple[list[Candidates], dict]:
-    """(candidates, qrels) of --eval-data, those with judgements. InputError for one that is trained on."""
-    qrels = read_qrels(settings.eval_qrels) if settings.eval_qrels else {}
-    candidates = [c for c in read_candidates(settings.eval_data) if c.qid in qrels]
-    if len(candidates) < 2:
-        raise InputError("--eval-data: expected --eval-qrels with judgements of at least two of its queries")
-    if both := sorted(trained_on & {c.qid for c in candidates}):
-        raise InputError(f"--eval-data: query {both[0]} is trained on; a held-out query must not be")
-    return candidates, qrels
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -244,6 +244,17 @@ def read_candidates(path: str | Path) -> list[Candidates]:
     return list(queries.values())
 
 
+def read_held_out(path: str, qrels_path: str, trained_on: set[str]) -> tuple[list[Candidates], dict]:
+    """(candidates, qrels) of --eval-data, those with judgements. InputError for one that is trained on."""
+    qrels = read_qrels(qrels_path) if qrels_path else {}
+    candidates = [c for c in read_candidates(path) if c.qid in qrels]
+    if len(candidates) < 2:
+        raise InputError("--eval-data: expected --eval-qrels with judgements of at least two of its queries")
+    if both := sorted(trained_on & {c.qid for c in candidates}):
+        raise InputError(f"--eval-data: query {both[0]} is trained on; a held-out query must not be")
+    return candidates, qrels
+
+
 def write_candidates(path: str | Path, candidates: Iterable[Candidates]) -> None:
     """Write rank_llm JSONL, one query per line. read_candidates reads the same back."""
     with atomic_write(path) as file:

@@ -114,3 +114,9 @@ class MasterAdamW:
             else:
                 value = my_slice(value) if value.dim() else value
                 optimizer.state[master][key] = value.to(master.device, copy=distributed.world_size() > 1)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: bool) -> float:
+    """Linear warm-up, then constant or, with `decay`, falling linearly to a tenth. Steps count from 1."""
+    fall = 1.0 - 0.9 * max(0, step - warmup) / max(1, steps - warmup) if decay else 1.0
+    return peak * min(1.0, step / max(1, warmup)) * fall

@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from support.distributed import gather, rank, say
 
 LOGS = ("log.csv", "samples.txt", "skipped.txt")  # a save records their lengths
@@ -22,6 +24,12 @@ LINE = (
     "in-group std {reward_std:.2f}  whole orders {permutations:.0%}  rewards all equal {zero_std_groups:.0%}"
     "  length {length:.0f}  hit limit {hit_limit:.0%}  entropy {entropy:.2f}  {tokens_per_s:.0f} tok/s  "
     "{seconds:.1f} s")
+
+
+def progress(done: int, steps: int, title: str) -> tqdm:
+    """The numbers of the steps that are left, with a progress bar on rank 0."""
+    return tqdm(range(done + 1, steps + 1), desc=title, initial=done, total=steps, unit="step",
+                disable=rank() > 0)
 
 
 class TrainingLog:
