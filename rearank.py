@@ -400,14 +400,15 @@ class Files:
     resume: bool = setting(False, "Go on with an OUTPUT that was interrupted.")
     stats: str = setting("", "A file for the closing line's counts, as JSON.")
     tag: str = setting("rearank", "The run's name, the last column of the TREC run.")
-    serve: int | None = setting(None, "Instead: rerank what other programs send to /rerank at this port.",
-                                type=int, minimum=0, group="for other programs")
-    host: str = setting("127.0.0.1", "With --serve: the address to listen at.")
 
 
 @dataclasses.dataclass
 class RerankSettings(Options, Files):
     """Settings of `python rearank.py`. (--help lists those of Files first.)"""
+
+    serve: int | None = setting(None, "Instead: rerank what other programs send to /rerank at this port.",
+                                type=int, minimum=0, group="for other programs")
+    host: str = setting("127.0.0.1", "With --serve: the address to listen at.")
 
 
 def make_reranker(settings: RerankSettings, agent: Agent | None = None) -> Reranker:

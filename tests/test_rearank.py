@@ -756,8 +756,8 @@ def test_help_shows_first_what_is_read_and_written_and_last_memory_and_the_serve
     shown = capsys.readouterr().out
     assert left.value.code == 0 and "python rearank.py --model" in shown.partition("options:")[0]
     headings = re.findall(r"^(\w[\w ]*):$", shown.partition("options:")[2], re.M)
-    assert headings == ["input and output", "for other programs", "model", "windows and answers", "server",
-                        "device"]
+    assert headings == ["input and output", "model", "windows and answers", "server", "device",
+                        "for other programs"]
     first = shown[shown.index("input and output:"):shown.index("model:\n")]
     for option in ("--input", "--output", "--query", "DOCUMENTS", "--resume"):
         assert re.search(rf"^  {option}[, ]", first, re.M)
