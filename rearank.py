@@ -496,6 +496,8 @@ def check_options(settings: RerankSettings) -> None:
         refuse(settings, ["concurrency", "timeout"], "has no effect without --server")
     if settings.serve is None:
         refuse(settings, ["host"], "has no effect without --serve")
+    if settings.samples == 1:
+        refuse(settings, ["shuffle"], "has no effect without --samples 2 or more")
     if settings.algorithm == "top-down":
         refuse(settings, ["stride", "passes"], "has no effect with --algorithm top-down")
     if missing := [name for given, name in needs if not given]:

@@ -137,12 +137,12 @@ def _read(response: str | None, n: int) -> tuple[list[int], str, str | None]:
                 ids = _named(block)
                 if any(0 < i <= n for i in ids):
                     status = "ok" if sorted(ids) == list(range(1, n + 1)) else "repaired"
-                    return ids, status, _strict(response, block, opened)
+                    return ids, status, _readable_block(response, block, opened)
     ids, status = ([], "malformed") if complete else _read_without_block(response, n)
     return ids, status, None
 
 
-def _strict(response: str, block: str, position: int) -> str | None:
+def _readable_block(response: str, block: str, position: int) -> str | None:
     """`block`, unless a <think> is open at its `position`: the reward reads no answer in the reasoning."""
     opened, closed = response.rfind("<think>", 0, position), response.rfind("</think>", 0, position)
     return block if opened <= closed else None
@@ -217,10 +217,9 @@ def rank_reward(initial: float, reranked: float, best: float, readable: bool = T
     """r_rank from the NDCG@10 of a window as given, as reranked and at its best.
 
     "normalized" (eq. 5): the share of the possible gain, (reranked - initial) / (best - initial), at least
-    -1. If nothing can be gained (best = initial): 1 for an order that is still best, else the loss, reranked
-    - best. A response that was not `readable` gets 0, also where nothing can be gained: otherwise
-    an empty answer would earn 1. "absolute": reranked. "difference": reranked - initial. (Those are Table 3's
-    alternatives; the window keeps its order if the response was not readable.)
+    -1. If nothing can be gained, 1 for an order that is still best, else what it lost. 0 for a response that
+    was not `readable`, also where nothing can be gained: otherwise an empty answer would earn 1.
+    "absolute": reranked. "difference": reranked - initial. (Table 3's alternatives.)
 
     >>> rank_reward(0.5, 0.7, 0.9), rank_reward(0.98, 0.5, 0.99), rank_reward(0.9, 0.9, 0.9)
     (0.4999999999999999, -1.0, 1.0)

@@ -727,7 +727,7 @@ WITHOUT_EFFECT = [
         "--input c.jsonl", "--output r", "--query q", "--top-k 5", "--limit 3", "--explain")],
     *[([*WITH_INPUT, "--algorithm", "top-down"], option, "with --algorithm top-down")
       for option in ("--stride 10", "--passes 2")],
-    (WITH_INPUT, "--host 0.0.0.0", "without --serve")]
+    (WITH_INPUT, "--shuffle", "without --samples 2 or more"), (WITH_INPUT, "--host ::1", "without --serve")]
 
 
 @pytest.mark.parametrize("mode, option, reason", WITHOUT_EFFECT)
