@@ -43,7 +43,7 @@ from support.streams import UTF8, read_text
 STAGES = {  # as the authors' notebook counts them; on DL21 + DL22 + DL23: 211, 179, 17900, 13312, 12603
     "judged": "queries with candidates and judgements",
     "found": "queries whose first-stage NDCG@10 is above 0 (the paper trains on 179)",
-    "draws": "draws", "passes": "draws that pass the NDCG@10 filter",
+    "draws": "draws", "above": "draws that pass the NDCG@10 filter",
     "kept": "instances (with --keep initial: those with something to gain as well)"}
 
 
@@ -80,9 +80,9 @@ def expand(candidates: list[Candidates], qrels: dict[str, dict[str, int]], draws
             drawn = [labels[place] for place in places]
             initial, best = ndcg(drawn, ideal=ideal), ndcg(sorted(drawn, reverse=True), ideal=ideal)
             tested = best if keep == "best" else initial
-            passes = keep == "all" or tested >= min_ndcg
-            kept = passes and (keep != "initial" or best > initial)
-            counts.update(draws=1, passes=passes, kept=kept)
+            above = keep == "all" or tested >= min_ndcg
+            kept = above and (keep != "initial" or best > initial)
+            counts.update(draws=1, above=above, kept=kept)
             if kept:
                 docids, texts = [query.docids[p] for p in places], [query.texts[p] for p in places]
                 instances.append(Instance(query.qid, query.query, docids, texts, drawn, ideal))

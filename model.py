@@ -414,8 +414,9 @@ def sample(model, prompts: Sequence[Sequence[int]], group_size: int = 1, max_new
     total, begun, batches = len(prompts) * group_size, 0, []
     seeds = [(one, group_size) for one in seed] if not isinstance(seed, int) else [
         (seed, first * group_size + total)]
+    numbers = max_new_tokens if temperature else 1  # per answer
     # Draw the numbers of the whole batch and keep our part: a rank's share then has the batch's samples.
-    uniforms = torch.cat([torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(one))
+    uniforms = torch.cat([torch.rand(n, numbers, generator=torch.Generator().manual_seed(one))
                           for one, n in seeds])[-total:].to(model.device)  # one for each token of each answer
     answers = [Completion([], False) for _ in range(total)]  # number a: to prompt a // group_size
     at_once = max(group_size, min(max_num_seqs, total))
@@ -430,7 +431,7 @@ def sample(model, prompts: Sequence[Sequence[int]], group_size: int = 1, max_new
             read_tokens(model, batches)
             written = batches
         for batch in written:
-            drawn = uniforms[batch.answers, batch.length]
+            drawn = uniforms[batch.answers, batch.length if temperature else 0]
             batch.tokens, logps = pick_tokens(batch.logits, temperature, drawn)
             for a, token, logp in zip(batch.answers, batch.tokens.tolist(), logps.tolist()):
                 if not answers[a].finished:

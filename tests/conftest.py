@@ -1,5 +1,6 @@
 """What the tests share: a tiny random Qwen2 and word-level prompts, in memory. No network, no weights."""
 
+import json
 import os
 from pathlib import Path
 
@@ -11,12 +12,57 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import grpo
+import rearank
 import toy as toy_task
-from model import Agent
+from beside import Beside, Job
+from fake_server import server  # noqa: F401 (a fixture)
+from model import Agent, Completion, load_agent
+from prompts import Shortened
+from rearank import RerankSettings
+from support.chat_replies import Answer
+from support.cli import InputError
 from support.files import Instance, write_candidates, write_instances, write_qrels
+from support.prompt_file import read_prompt_file
 
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(2)
+torch.set_num_threads(1)  # another core is for what runs beside
+
+
+# --- what runs beside the tests: beside.py
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
+    for item in items:
+        if item.get_closest_marker("beside"):
+            item.add_marker("slow")
+
+
+def pytest_collection_finish(session):
+    session.beside = Beside()
+    marked = [item for item in session.items if item.get_closest_marker("beside")]
+    if marked and not session.config.option.collectonly:
+        folder = session.config._tmp_path_factory.mktemp("beside")
+        for item in marked:
+            session.beside.add(item, folder)
+
+
+def pytest_runtest_setup(item):
+    item.session.beside.advance(1)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session, "beside"):
+        session.beside.stop()
+
+
+@pytest.fixture
+def beside(request) -> Job:
+    """The command that this test's mark names, when it has ended."""
+    return request.session.beside.result(request.node.job)
+
+
+# --- models, settings and files
 
 
 def tiny_model(seed: int = 0, kind: str = "qwen2", **changes) -> torch.nn.Module:
@@ -90,3 +136,102 @@ def relative_error(got, wanted) -> float:
     """The largest over all tensors; both lists must be of one length."""
     return max(float((a.float() - b).norm() / b.norm().clamp(min=1e-12))
                for a, b in zip(got, wanted, strict=True))
+
+
+# --- model folders and prompt files
+
+
+@pytest.fixture
+def saved(toy, tmp_path):
+    """The toy's checkpoint as a folder."""
+    toy.model.save_pretrained(tmp_path / "m")
+    toy.tokenizer.save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def change(path, **entries) -> None:
+    """Write these entries into a JSON file, which is made if it is not there."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | entries))
+
+
+@pytest.fixture
+def refusal(capfd):
+    """What load_agent says of a folder instead of loading it: one line, and nothing beside it."""
+
+    def load(folder) -> str:
+        capfd.readouterr()
+        with pytest.raises(InputError) as refused:
+            load_agent(str(folder), "cpu")
+        message = str(refused.value)
+        assert message.startswith(f"--model {folder}: ") and message.isprintable()
+        assert capfd.readouterr() == ("", "")
+        return message.removeprefix(f"--model {folder}: ")
+
+    return load
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a prompt file, and gives its name."""
+    def write(text: str, name: str = "p.yaml") -> str:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        read_prompt_file.cache_clear()  # a new process
+        return str(tmp_path / name)
+
+    return write
+
+
+# --- reranking
+
+
+def perfect(seen=None):
+    """A ranker of numbers, the smaller the better. `seen` gets each window."""
+    def rank_window(items):
+        if seen is not None:
+            seen.append(list(items))
+        return sorted(range(len(items)), key=items.__getitem__)
+    return rank_window
+
+
+def reversing(monkeypatch, toy) -> None:
+    """A model that turns every window around."""
+    def answers(model, prompts, *_, **__):
+        sizes = [toy.tokenizer.decode(p).count("[") for p in prompts]  # a toy prompt numbers its passages
+        orders = [" > ".join(f"[{i}]" for i in range(n, 0, -1)) for n in sizes]
+        encoded = [toy.tokenizer(f"<answer> {order} </answer>")["input_ids"] + [1] for order in orders]
+        return [[Completion(ids, True)] for ids in encoded]
+    monkeypatch.setattr(rearank, "sample", answers)
+
+
+def answering(monkeypatch, toy, answer: str) -> None:
+    ids = toy.tokenizer(answer)["input_ids"] + [1]
+    monkeypatch.setattr(rearank, "sample",
+                        lambda model, prompts, *_, **__: [[Completion(ids, True)] for _ in prompts])
+
+
+def words_in_order(seen=None):
+    """Stands for the model: names the two passages that begin with the smallest letters, best first."""
+    def ask(self, asked, seeds, samples, progress):
+        replies = []
+        for query, passages in asked:
+            if seen is not None:
+                seen.append((query, "".join(passages), samples))
+            best = sorted(range(len(passages)), key=lambda i: passages[i])[:2]
+            text = "<answer> " + " > ".join(f"[{i + 1}]" for i in best) + " </answer>"
+            replies.append((Shortened(False, 0, 400), [Answer(text, 5, 7)] * samples))
+        return replies
+    return ask
+
+
+def settings_of(folder: Path, **changes) -> RerankSettings:
+    """Settings of a run over folder/c.jsonl into folder/r."""
+    files = {"input": str(folder / "c.jsonl"), "output": str(folder / "r")}
+    return RerankSettings(**{**files, "prompt": "toy", "max_new_tokens": 4, **changes})
+
+
+def file_options(folder) -> list[str]:
+    """Options for a short run over candidates below `folder`, all but --output."""
+    write_candidates(folder / "c.jsonl", toy_task.toy_task(4, 5, seed=0)[0])
+    return ["--model", "m", "--prompt", "toy", "--max-new-tokens", "4", "--max-num-seqs", "2",
+            "--device", "cpu", "--input", str(folder / "c.jsonl")]

@@ -122,7 +122,7 @@ def test_unjudged_queries_and_lists_without_anything_relevant_in_the_top_10_give
         labels_of([0] * 10 + [1] * 20, "b") | labels_of([0, 1] * 15, "c"),
     )
     assert {draw.qid for draw in expand(lists, qrels, keep="all", counts=counts)} == {"c"}
-    assert counts == {"judged": 2, "found": 1, "draws": 100, "passes": 100, "kept": 100}
+    assert counts == {"judged": 2, "found": 1, "draws": 100, "above": 100, "kept": 100}
 
 
 def test_labels_are_found_for_docids_that_have_spaces():
@@ -162,8 +162,8 @@ def test_dl21_gives_the_counts_of_the_authors_procedure():
     assert (counts["judged"], counts["found"], counts["draws"]) == (53, 51, 5100)
     assert {query.qid for query in lists} - {draw.qid for draw in instances} == {"23287", "226975"}
     assert (
-        counts["passes"] / counts["draws"] == pytest.approx(0.857, abs=0.01)
-        and len(instances) == counts["kept"] <= counts["passes"]
+        counts["above"] / counts["draws"] == pytest.approx(0.857, abs=0.01)
+        and len(instances) == counts["kept"] <= counts["above"]
     )
     over_the_drawn = [
         ndcg(draw.labels) >= 0.1 for draw in expand(lists, qrels, keep="all")

@@ -20,6 +20,7 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are():
     assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cuda", "mps", "cpu")
 
 
+@pytest.mark.slow
 def test_the_scripts_start_where_there_is_no_resource_module():
     """Windows has none; nothing runs on import anywhere."""
     code = """if True:

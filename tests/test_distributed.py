@@ -1,8 +1,6 @@
 """Several ranks: real processes that talk over gloo must do what one process does."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -113,19 +111,6 @@ for name, number, changes, wrong in json.loads(sys.argv[2]):
 """
 
 
-def run_ranks(folder: Path, *runs) -> dict[str, list]:
-    """{name: [exit status of each rank, seconds]} of runs (name, number of ranks, settings, fault)."""
-    script = f"ROOT = {str(ROOT)!r}\n{HARNESS}"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder), json.dumps(runs)],
-        text=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
-
-
 def state_of(run: Path) -> Path:
     """The optimizer's file in the newest save of GRPO."""
     return max(run.glob("saves/grpo-*")) / "state/optimizer.safetensors"
@@ -147,10 +132,8 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> Path:
-    """The folder of all runs."""
-    folder = tmp_path_factory.mktemp("ranks")
+def ranks(folder: Path) -> list[str]:
+    """The command for all runs."""
     runs = [
         (f"{name} {n}", n, changes, wrong)
         for name, (changes, wrong, numbers) in CASES.items()
@@ -163,14 +146,22 @@ def ran(tmp_path_factory) -> Path:
         ("nan", 2, {"prompts_per_step": 2, "steps": 1, "lr": 1e-2}, "nan"),
         ("dead", 3, {}, "dies"),
     ]
-    for name, (codes, seconds) in run_ranks(folder, *runs).items():
+    return [sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{HARNESS}", str(folder), json.dumps(runs)]
+
+
+@pytest.fixture
+def ran(beside) -> Path:
+    """The folder of all runs."""
+    assert beside.returncode == 0, beside.stderr
+    for name, codes, seconds in map(json.loads, beside.stdout.splitlines()):
         if name == "dead":
-            (folder / "dead.json").write_text(json.dumps([codes, seconds]))
+            (beside.folder / "dead.json").write_text(json.dumps([codes, seconds]))
         else:
-            assert not any(codes), (folder / f"{name}.0.log").read_text()
-    return folder
+            assert not any(codes), (beside.folder / f"{name}.0.log").read_text()
+    return beside.folder
 
 
+@pytest.mark.beside(command=ranks)
 @pytest.mark.parametrize(
     "case, number", [(case, n) for case, (*_, numbers) in CASES.items() for n in numbers[1:]]
 )
@@ -189,15 +180,18 @@ def test_the_result_does_not_depend_on_the_number_of_ranks(ran, case, number):
         assert a == pytest.approx(b, rel=1e-3, abs=2e-5, nan_ok=True) and len(a) >= 2, name
 
 
+@pytest.mark.beside(command=ranks)
 def test_what_three_ranks_have_saved_two_go_on_with(ran):
     assert largest_difference(state_of(ran / "3 to 2"), state_of(ran / "long"), "master") < 5e-5
     assert len((ran / "3 to 2/log.csv").read_text().splitlines()) == 5
 
 
+@pytest.mark.beside(command=ranks)
 def test_only_the_first_rank_writes_and_prints(ran):
     assert "step    1 " in (ran / "plain 2.0.log").read_text() and not (ran / "plain 2.1.log").read_text()
 
 
+@pytest.mark.beside(command=ranks)
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(ran):
     log = (ran / "nan/log.csv").read_text().splitlines()
     assert dict(zip(log[0].split(","), log[1].split(",")))["skipped"] == "1"
@@ -206,6 +200,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(ran):
         assert (masters[f"master.{i}"] == p).all()
 
 
+@pytest.mark.beside(command=ranks)
 def test_a_rank_that_dies_ends_the_others_with_one_line(ran):
     codes, seconds = json.loads((ran / "dead.json").read_text())
     assert codes == [2, -9, 2] and seconds < 60
@@ -220,21 +215,10 @@ TRAIN = ("--prompt toy --group-size 4 --prompts-per-step 3 --max-new-tokens 8 --
          "--reward random --device cpu").split()
 
 
-def torchrun(number: int, *arguments: str) -> subprocess.CompletedProcess:
+def torchrun(number: int, *arguments: str) -> list[str]:
     """`torchrun --nproc-per-node NUMBER grpo.py ARGUMENTS`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number)]
-    return subprocess.run([*command, str(ROOT / "grpo.py"), *arguments], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-@pytest.fixture(scope="module")
-def trained_alone(tmp_path_factory) -> Path:
-    """A folder with a model, data, and the run of one process."""
-    folder = tmp_path_factory.mktemp("torchrun")
-    write_model(toy_agent(0), folder / "model")
-    write_instances(folder / "data.jsonl", expand(*toy_task(6, 20, 3), 2, 6, keep="all"))
-    assert grpo.main(of(folder, "1")) == 0
-    return folder
+    return [*command, str(ROOT / "grpo.py"), *arguments]
 
 
 def of(folder: Path, name: str) -> list[str]:
@@ -242,21 +226,31 @@ def of(folder: Path, name: str) -> list[str]:
             str(folder / name), *TRAIN]
 
 
-@pytest.mark.parametrize("number", [2, 3])
-def test_torchrun_trains_a_model_on_a_cpu_to_the_weights_of_one_process(trained_alone, number):
-    done = torchrun(number, *of(trained_alone, str(number)))
-    assert done.returncode == 0, done.stderr
-    runs = [load_file(trained_alone / name / "checkpoint/model.safetensors") for name in ("1", str(number))]
-    for name, weight in runs[0].items():
-        assert (weight - runs[1][name]).abs().max() < 5e-5
-    start = load_file(trained_alone / "model/model.safetensors")
-    assert any((weight - start[name]).abs().max() > 1e-3 for name, weight in runs[0].items())
+def three_ranks(folder: Path) -> list[str]:
+    write_model(toy_agent(0), folder / "model")
+    write_instances(folder / "data.jsonl", expand(*toy_task(6, 20, 3), 2, 6, keep="all"))
+    return torchrun(3, *of(folder, "several"))
 
 
-def test_a_refusal_is_printed_once_and_speaks_of_memory_on_a_cpu(trained_alone, tmp_path):
+@pytest.mark.beside(command=three_ranks)
+def test_torchrun_trains_a_model_on_a_cpu_to_the_weights_of_one_process(beside):
+    assert beside.returncode == 0, beside.stderr
+    assert grpo.main(of(beside.folder, "one")) == 0
+    one, several, start = (load_file(beside.folder / path / "model.safetensors")
+                           for path in ("one/checkpoint", "several/checkpoint", "model"))
+    for name, weight in one.items():
+        assert (weight - several[name]).abs().max() < 5e-5
+    assert any((weight - start[name]).abs().max() > 1e-3 for name, weight in one.items())
+
+
+def too_large(folder: Path) -> list[str]:
     config = Qwen2Config(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, vocab_size=152064)
-    config.save_pretrained(tmp_path / "70b")
-    done = torchrun(2, "--model", str(tmp_path / "70b"), "--device", "cpu")
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("grpo.py: ")]
-    assert done.returncode and "GiB of memory for 2 processes" in line and "card" not in line
-    assert "Traceback" not in done.stderr.split("grpo.py FAILED")[0].split("torch/distributed")[0]
+    config.save_pretrained(folder / "70b")
+    return torchrun(2, "--model", str(folder / "70b"), "--device", "cpu")
+
+
+@pytest.mark.beside(command=too_large)
+def test_a_refusal_is_printed_once_and_speaks_of_memory_on_a_cpu(beside):
+    [line] = [line for line in beside.stderr.splitlines() if line.startswith("grpo.py: ")]
+    assert beside.returncode and "GiB of memory for 2 processes" in line and "card" not in line
+    assert "Traceback" not in beside.stderr.split("grpo.py FAILED")[0].split("torch/distributed")[0]

@@ -63,6 +63,7 @@ class FusedRMSNorm(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, checkpointing", [("0.5B", True), ("7B", False)])
 def test_the_plan_of_an_update_is_within_15_percent_of_its_counted_peak(monkeypatch, shape, checkpointing):
     hidden, inner, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]

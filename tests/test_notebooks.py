@@ -1,16 +1,30 @@
 """The notebooks run from top to bottom against the code as it is now, and show what they say they show."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+# argv: a notebook, and where the executed one is to be written.
+EXECUTE = """
+import os, sys, nbclient, nbformat
+notebook = nbformat.read(sys.argv[1], as_version=4)
+resources = {"metadata": {"path": os.path.dirname(sys.argv[1])}}
+nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+
+
+def execute(folder, path):
+    return [sys.executable, "-c", EXECUTE, str(path), str(folder / "executed.ipynb")]
 
 
 def printed(cell):
@@ -29,13 +43,12 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.beside(command=execute)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_a_notebook_runs_and_prints_what_is_stored_in_it(path):
+def test_a_notebook_runs_and_prints_what_is_stored_in_it(path, beside):
     """A stored output must be the present one, but for a cell tagged "varies" (times, hardware)."""
-    stored = nbformat.read(path, as_version=4)
-    executed = nbformat.from_dict(stored)
-    resources = {"metadata": {"path": str(path.parent)}}
-    nbclient.NotebookClient(executed, timeout=60, kernel_name="python3", resources=resources).execute()
+    assert beside.returncode == 0, beside.stderr
+    executed = nbformat.read(beside.folder / "executed.ipynb", as_version=4)
     as_saved = nbformat.read(path, as_version=4)
     for before, after in zip(code_cells(as_saved), code_cells(executed), strict=True):
         if "varies" not in before.metadata.get("tags", []):

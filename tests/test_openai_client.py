@@ -1,8 +1,6 @@
 """Servers of other people's making: what they refuse, how they answer, when they are asked again."""
 
 import contextlib
-import gzip
-import http.server
 import json
 import re
 import threading
@@ -10,80 +8,15 @@ import time
 from email.utils import formatdate
 
 import pytest
+from fake_server import ORDER, Fake, answer, first_window
 
 import rearank
 from prompts import build_messages
 from rearank import Reranker
-from support import openai_client
-from support.chat_replies import tagged_text
 from support.cli import InputError
 from support.files import read_run, write_candidates
 from support.openai_client import Server
 from toy import toy_task
-
-
-class Fake(http.server.BaseHTTPRequestHandler):
-    """A chat server that does what its class says, request by request."""
-
-    script: list = []  # what is sent to one chat after the other; a function is called with the handler
-    rule = None  # a function of a request's body: the code and error text that refuse it, or None
-    models = (200, {"data": [{"id": "first"}]})
-    seen: list = []  # (body, headers) of each chat
-    paths: list = []
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def send(self, code, body, kind="application/json", **head):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(code)
-        for name, value in ({"Content-Type": kind, "Content-Length": str(len(body))} | head).items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        self.paths.append(self.path)
-        self.send(*self.models)
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.seen.append((body, dict(self.headers)))
-        self.paths.append(self.path)
-        if refusal := self.rule and self.rule(body):
-            self.send(*refusal)
-            return
-        act = self.script.pop(0) if self.script else answer("<think> x </think> <answer> [2] > [1] </answer>")
-        if callable(act):
-            act(self)
-        else:
-            self.send(200, act)
-
-
-def answer(content, finish="stop", **message):
-    return {"choices": [{"message": {"role": "assistant", "content": content} | message,
-                         "finish_reason": finish}], "usage": {"completion_tokens": 9, "prompt_tokens": 70}}
-
-
-@pytest.fixture
-def server(monkeypatch):
-    for name, value in {"script": [], "seen": [], "paths": [], "slept": [], "rule": None}.items():
-        monkeypatch.setattr(Fake, name, value, raising=False)
-    monkeypatch.setattr(Fake, "models", Fake.models)
-    monkeypatch.setattr(openai_client.time, "sleep", Fake.slept.append)
-    for variable in ("REARANK_API_KEY", "OPENAI_API_KEY"):
-        monkeypatch.delenv(variable, raising=False)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fake) as web:
-        threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{web.server_port}/v1"
-        web.shutdown()
-
-
-def first_window(server, *script, **options):
-    """The first window of a ranking of two passages."""
-    Fake.script.extend(script)
-    return Reranker(server=server, **options).rank("q", ["a", "b"]).windows[0]
 
 
 def test_a_server_is_the_policy(server, monkeypatch, capsys):
@@ -99,131 +32,6 @@ def test_a_server_is_the_policy(server, monkeypatch, capsys):
     assert body["messages"] == build_messages("how do <|im_end|> bees", ["wax", "honey"])
     assert "<|im_end|>" not in json.dumps(body) and body["max_tokens"] == 2048
     assert Reranker("second", server=server).client.model == "second"
-
-
-# --- how they answer
-
-
-@pytest.mark.parametrize("reasoning, finish, status, order, thought", [
-    ("<think> a </think> <answer> [2] > [1] </answer>", "stop", "ok", [1, 0], "a"),
-    ("a </think> <answer> [2] > [1] </answer>", "stop", "ok", [1, 0], "a"),
-    ("<answer> [2] > [1] </answer>", "stop", "ok", [1, 0], ""),
-    ("a <answer> [2] > [1] </answer>", "stop", "ok", [1, 0], "a"),
-    ("In <answer> tags. </think> <answer> [2] > [1] </answer>", "stop", "ok", [1, 0], "In <answer> tags."),
-    ("The <answer> has [1] > [2] or not. <answer> [2] > [1] </answer>", "stop", "ok", [1, 0], "The"),
-    ("[1] is wax, so [1] > [2]? No. [2] > [1]", "stop", "untagged", [1, 0], "[1] is wax, so [1] > [2]? No."),
-    ("2 > 1", "stop", "untagged", [1, 0], ""),
-    ("[2] is honey. [1] is", "stop", "malformed", [0, 1], "[2] is honey. [1] is"),  # ended while it thought
-    ("a </think> <answer> [2] > [1", "length", "truncated", [1, 0], "a"),
-    ("a [2] > [1] or", "length", "truncated", [0, 1], "a [2] > [1] or")])
-@pytest.mark.parametrize("content", [None, "", "\n\n", []])
-def test_an_answer_that_is_all_in_the_reasoning_field_is_read(server, reasoning, finish, status, order,
-                                                              thought, content):
-    window = first_window(server, answer(content, finish, reasoning_content=reasoning))
-    assert (window.status, window.order, window.reasoning) == (status, order, thought)
-    assert window.finished == (finish == "stop")
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_long_answer_is_read_to_its_end(server, packed):
-    thought = "wax " * 50_000
-    body = json.dumps(answer(f"<think> {thought} </think> <answer> [2] > [1] </answer>")).encode()
-    body, head = (gzip.compress(body), {"Content_Encoding": "gzip"}) if packed else (body, {})
-    window = first_window(server, lambda handler: handler.send(200, body, **head))
-    assert (window.status, window.order, window.reasoning) == ("ok", [1, 0], thought.strip())
-
-
-def test_reading_the_reasoning_field_is_linear(server):
-    for text in ("1" * 8000, "[" * 8000, "[1" * 8000, "[1] > " * 8000, "[1]" + " " * 8000):
-        began = time.perf_counter()
-        tagged_text({"content": None, "reasoning": text}, finished=True)
-        assert time.perf_counter() - began < 1, text[:20]
-
-
-TEXT = {"type": "text", "text": "<answer> [2] > [1] </answer>"}
-
-
-@pytest.mark.parametrize("message", [
-    {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "wax"}]}, TEXT]},
-    {"content": [{"type": "thinking", "thinking": "wax", "signature": "s"}, TEXT,
-                 {"type": "image", "text": "[1]"}, {"type": "text", "text": 7}, None]},
-    {"content": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "wax"}]},
-                 {"type": "redacted_thinking", "data": "x"}, TEXT | {"type": "output_text"}]},
-    {"content": [TEXT["text"]], "reasoning_content": ["wax"]},
-    {"content": TEXT, "reasoning": {"content": "wax"}},
-    {"content": TEXT["text"], "reasoning": "wax", "reasoning_content": "wax"},
-    {"content": TEXT["text"], "reasoning_details": [{"type": "reasoning.text", "text": "wax"},
-                                                    {"type": "reasoning.encrypted", "data": "x"}]}])
-def test_content_and_reasoning_may_come_in_parts(server, message):
-    window = first_window(server, {"choices": [{"message": message, "finish_reason": "stop"}]})
-    assert (window.status, window.order, window.reasoning) == ("ok", [1, 0], "wax")
-
-
-def test_a_separate_reasoning_field_becomes_the_think_block(server):
-    for name in ("reasoning_content", "reasoning"):
-        Fake.script = [answer("<answer> [2] > [1] </answer>", **{name: "wax is not honey"})]
-        window = Reranker(server=server).rank("q", ["a", "b"]).windows[0]
-        assert window.status == "ok" and window.reasoning == "wax is not honey"
-    Fake.script = [answer(None, "length", reasoning="and so on")]
-    window = Reranker(server=server).rank("q", ["a", "b"]).windows[0]
-    assert window.status == "truncated" and not window.finished
-
-
-ORDER = "<think> x </think> <answer> [2] > [1] </answer>"
-
-
-@pytest.mark.parametrize("finish", ["stop", None, "", "STOP", "eos_token", "end_turn", "COMPLETE",
-                                    "tool_calls"])
-def test_an_answer_that_ended_is_read(server, finish):
-    window = first_window(server, answer(ORDER, finish))
-    assert (window.status, window.order, window.finished) == ("ok", [1, 0], True)
-
-
-@pytest.mark.parametrize("finish", ["length", "MAX_TOKENS", "model_length"])
-def test_an_answer_that_was_cut_off_is_truncated(server, finish):
-    window = first_window(server, answer("<think> x </think> <answer> [2] > [1", finish))
-    assert (window.status, window.order, window.finished) == ("truncated", [1, 0], False)
-    window = first_window(server, answer(None, finish))  # all its tokens went into reasoning that is hidden
-    assert (window.status, window.order, window.finished) == ("empty", [0, 1], False)
-
-
-@pytest.mark.parametrize("reply, words", [
-    (answer(ORDER, "content_filter"), "content_filter"), (answer(None, "content_filter"), "content_filter"),
-    (answer(ORDER, "error"), "error"), (answer(ORDER, "abort"), "abort"),
-    (answer(ORDER, "insufficient_system_resource"), "insufficient_system_resource"),
-    (answer(ORDER, "incomplete"), "incomplete"),
-    (answer(None, refusal="I cannot help with that."), "the server refused: I cannot help with that."),
-    (answer(ORDER, refusal="I cannot help with that."), "the server refused: I cannot help with that."),
-    (answer(None, "tool_calls", tool_calls=[{"function": {"name": "rank"}}]), "rank"),
-    ({"error": {"code": 402, "message": "no credits left"}}, "no credits left"),
-    ({"choices": [{"error": {"message": "too bad"}, "finish_reason": "error"}]}, "too bad")])
-def test_an_answer_that_did_not_end_by_itself_is_an_error_with_its_reason(server, reply, words):
-    window = first_window(server, reply)
-    assert window.status == "error" and words in window.error and len(Fake.seen) == 1
-    assert window.order == [0, 1] and window.response == "" and window.finished
-
-
-@pytest.mark.parametrize("usage", [
-    None, [], "many", {"completion_tokens": None}, {"completion_tokens": -1, "prompt_tokens": "70"},
-    {"completion_tokens": float("nan"), "prompt_tokens": float("inf")}, {"completion_tokens": {"text": 9}}])
-def test_a_usage_that_cannot_be_read_counts_nothing(server, usage):
-    window = first_window(server, answer(ORDER) | {"usage": usage})
-    assert (window.status, window.tokens, window.prompt_tokens) == ("ok", 0, 0)
-
-
-GOOD = json.dumps(answer(ORDER)).encode()
-
-
-@pytest.mark.parametrize("body, head", [
-    (b"\xef\xbb\xbf" + GOOD, {}), (b"\n \n" + GOOD, {}), (gzip.compress(GOOD), {"Content_Encoding": "gzip"}),
-    (GOOD.replace(b"> x <", b"> \xff <"), {}), (GOOD.replace(b"> x <", b"> \n <"), {}),
-    (GOOD.replace(b"> x <", b"> \\ud83d <"), {}),
-    (GOOD.replace(b'"message"', b'"error": null, "message"'), {}),
-    (json.dumps({"choices": [{"text": ORDER, "finish_reason": None}]}).encode(), {})])
-def test_a_reply_is_read_in_whatever_form_it_comes(server, body, head):
-    window = first_window(server, lambda handler: handler.send(200, body, **head))
-    assert window.status == "ok" and window.order == [1, 0] and len(Fake.seen) == 1
-    json.dumps(window.response, ensure_ascii=False).encode()
 
 
 # --- what they refuse

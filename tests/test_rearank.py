@@ -7,27 +7,20 @@ import json
 import os
 import random
 import re
-import subprocess
+import signal
 import sys
-import threading
-import time
 from pathlib import Path
-from unittest.mock import ANY
 
 import pytest
 import torch
+from conftest import answering, file_options, perfect, reversing, settings_of
 
 import rearank
 from model import Completion
-from prompts import Shortened
 from rearank import Reranker, RerankSettings, rerank_file, sliding_window, top_down, window_bounds
-from support.chat_replies import Answer
-from support.cli import InputError, command_line
-from support.files import Candidates, read_run, write_candidates
-from support.fusion import fuse, pairs_won
-from support.prompt_file import read_prompt_file
-from support.rerank_run import FREE_TO_CHANGE
-from toy import toy_agent, toy_task
+from support.cli import InputError, command_line, run_main
+from support.files import read_run, write_candidates
+from toy import toy_task
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,15 +67,6 @@ def test_a_stride_that_would_skip_items_is_refused():
         sliding_window([1, 2, 3], lambda w: [0, 0, 1])
 
 
-def perfect(seen=None):
-    """A ranker of numbers, the smaller the better. `seen` gets each window."""
-    def rank_window(items):
-        if seen is not None:
-            seen.append(list(items))
-        return sorted(range(len(items)), key=items.__getitem__)
-    return rank_window
-
-
 @pytest.mark.parametrize("window", [2, 3, 4, 7, 20, 30])
 def test_top_down_puts_the_best_first_for_every_length_and_reads_every_rank(window):
     k = min(10, window // 2)
@@ -124,18 +108,6 @@ def test_top_down_keeps_the_order_of_what_is_not_among_the_first():
     assert found == [12, 1, 2, 3, 4, 7, 8, 5, 6]
 
 
-def test_top_down_refuses_a_window_of_one_and_what_is_no_permutation():
-    with pytest.raises(ValueError, match="at least 2"):
-        top_down([1, 2], perfect(), 1)
-    with pytest.raises(ValueError, match="permutation"):
-        top_down([1, 2, 3], lambda w: [0, 0, 1])
-
-
-def test_the_input_list_is_left_alone():
-    items = [3, 1, 2]
-    assert sliding_window(items, lambda w: [2, 1, 0]) == [2, 1, 3] and items == [3, 1, 2]
-
-
 # --- the reranker
 
 
@@ -168,25 +140,6 @@ def test_results_carry_their_place_in_the_input_and_their_text(toy):
     ranking = Reranker(toy, "toy", max_new_tokens=8).rank("rain bread", ["a", "b", "c"], top_k=2)
     assert [r.rank for r in ranking] == [1, 2] and all("abc"[r.index] == r.text for r in ranking)
     assert ranking.windows[0].status in ("ok", "repaired", "untagged", "truncated", "malformed", "empty")
-
-
-def test_windows_of_many_queries_answer_as_each_query_alone(toy):
-    lists = [(c.query, c.texts) for c in toy_task(3, 13, seed=4)[0]] + [("rain", ["bread"]), ("rain", [])]
-    reranker = Reranker(toy, "toy", window=6, stride=3, max_new_tokens=12)
-    together = list(reranker.rank_many(lists))
-    alone = [[r.index for r in reranker.rank(*one)] for one in lists]
-    assert [[r.index for r in t] for t in together] == alone
-    assert [len(t.windows) for t in together] == [4, 4, 4, 0, 0]
-
-
-def reversing(monkeypatch, toy) -> None:
-    """A model that turns every window around."""
-    def answers(model, prompts, *_, **__):
-        sizes = [toy.tokenizer.decode(p).count("[") for p in prompts]  # a toy prompt numbers its passages
-        orders = [" > ".join(f"[{i}]" for i in range(n, 0, -1)) for n in sizes]
-        encoded = [toy.tokenizer(f"<answer> {order} </answer>")["input_ids"] + [1] for order in orders]
-        return [[Completion(ids, True)] for ids in encoded]
-    monkeypatch.setattr(rearank, "sample", answers)
 
 
 def test_each_window_sees_what_the_window_before_it_has_done(monkeypatch, toy):
@@ -224,12 +177,6 @@ def test_a_processor_with_bfloat16_reranks_in_it(toy, tmp_path, monkeypatch):
         assert fixed.agent.model.dtype == torch.float32
 
 
-def answering(monkeypatch, toy, answer: str) -> None:
-    ids = toy.tokenizer(answer)["input_ids"] + [1]
-    monkeypatch.setattr(rearank, "sample",
-                        lambda model, prompts, *_, **__: [[Completion(ids, True)] for _ in prompts])
-
-
 def test_the_order_of_the_run_is_the_models(monkeypatch, toy):
     answering(monkeypatch, toy, "<think> [1] rain 1 </think> <answer> [3] > [1] > [2] </answer>")
     ranking = Reranker(toy, "toy").rank("rain", ["a", "b", "c"])
@@ -249,122 +196,6 @@ def test_without_thinking_the_model_continues_an_empty_think_block(monkeypatch, 
     assert window.response.startswith("<think> </think>") and window.status == "ok" and window.order == [1, 0]
 
 
-def test_several_answers_are_fused_by_reciprocal_ranks(toy):
-    assert fuse([[2, 0, 1], [2, 1, 0], [0, 2, 1]], 3) == [2, 0, 1]
-    assert fuse([], 3) == [0, 1, 2] and fuse([[1, 0]], 2) == [1, 0]
-    assert fuse([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0]], 3) == [0, 1, 2]  # a tie, but for rounding
-    reranker = Reranker(toy, "toy", temperature=1.0, samples=3, max_new_tokens=20)
-    window = reranker.rank("rain bread", ["oak", "storm"]).windows[0]
-    assert len({text for text, *_ in window.samples}) == 3 and window.response == window.samples[0][0]
-    with pytest.raises(ValueError, match="temperature above 0"):
-        Reranker(toy, "toy", samples=3)
-
-
-def test_shuffled_answers_are_ordered_by_the_pairs_that_they_win():
-    assert pairs_won([([2, 0, 1], 3), ([2, 1, 0], 3)], 3) == [1 / 4, 1 / 4, 1.0]
-    assert pairs_won([([3, 0, 1, 2], 1)], 4) == [0.0, 0.0, 0.0, 1.0]  # nothing is known of the other three
-
-
-def words_in_order(seen=None):
-    """Stands for the model: names the two passages that begin with the smallest letters, best first."""
-    def ask(self, asked, seeds, samples, progress):
-        replies = []
-        for query, passages in asked:
-            if seen is not None:
-                seen.append((query, "".join(passages), samples))
-            best = sorted(range(len(passages)), key=lambda i: passages[i])[:2]
-            text = "<answer> " + " > ".join(f"[{i + 1}]" for i in best) + " </answer>"
-            replies.append((Shortened(False, 0, 400), [Answer(text, 5, 7)] * samples))
-        return replies
-    return ask
-
-
-def test_with_shuffle_each_answer_reads_another_order_and_the_pairs_decide(toy, monkeypatch):
-    seen = []
-    monkeypatch.setattr(Reranker, "_ask_model", words_in_order(seen))
-    reranker = Reranker(toy, "toy", samples=4, shuffle=True)  # at temperature 0
-    ranking = reranker.rank("rain", [*"dcbae"])
-    [window] = ranking.windows
-    shown = ["".join("dcbae"[p] for p in order) for order in window.shown]
-    assert [(query, order) for query, order, _ in seen] == [("rain", order) for order in shown]
-    assert shown[0] == "dcbae" and len({*shown}) == 4 and {samples for *_, samples in seen} == {1}
-    assert "".join(result.text for result in ranking) == "abdce"  # d, c, e: not named, in their order
-    assert window.shares == [1.0, 0.75, 0.0, 0.0, 0.0] and window.order == [3, 2, 0, 1, 4]
-    assert [order[:2] for *_, order in window.samples] == [[3, 2]] * 4  # the positions in the list
-    assert window.tokens == 20 and window.prompt_tokens == 28
-    again = reranker.rank("rain", [*"dcbae"]).windows[0].shown
-    assert again == window.shown and reranker.rank("bread", [*"dcbae"]).windows[0].shown != again
-    with pytest.raises(ValueError, match="samples of 2 or more"):
-        Reranker(toy, "toy", shuffle=True)
-
-
-def test_shuffled_answers_without_an_order_leave_the_window_as_it_is(toy, monkeypatch):
-    monkeypatch.setattr(Reranker, "_ask_model", lambda self, asked, *_: [
-        (Shortened(False, 0, 400), [Answer("nothing", 1, 1)]) for _ in asked])
-    [window] = Reranker(toy, "toy", samples=3, shuffle=True).rank("rain", [*"cab"]).windows
-    assert window.order == [0, 1, 2] and window.shares == [] and window.status == "malformed"
-
-
-@pytest.mark.parametrize("options", [{"algorithm": "top-down"}, {"passes": 2}, {}])
-def test_lists_that_share_batches_are_ranked_as_each_by_itself(toy, monkeypatch, options):
-    seen, texts = [], [["kbcdefghija", "abcdef", "ba", "z", ""], []]
-    monkeypatch.setattr(Reranker, "_ask_model", words_in_order(seen))
-    reranker = Reranker(toy, "toy", window=4, stride=2, **options)
-    together = reranker.rank_many([(f"q{n}", [*text]) for n, text in enumerate(texts[0])])
-    calls = sorted(seen)
-    seen.clear()
-    alone = [reranker.rank(f"q{n}", [*text]) for n, text in enumerate(texts[0])]
-    assert [[r.index for r in found] for found in together] == [[r.index for r in found] for found in alone]
-    assert sorted(seen) == calls and len(calls) == sum(len(found.windows) for found in together)
-    whole = reranker.rank("q0", [*texts[0][0]])
-    rank_window = lambda w: [*sorted(range(len(w)), key=w.__getitem__)[:2], *[  # noqa: E731
-        i for i in range(len(w)) if i not in sorted(range(len(w)), key=w.__getitem__)[:2]]]
-    if options.get("algorithm"):
-        wanted = top_down([*texts[0][0]], rank_window, 4)
-    else:
-        wanted = [*texts[0][0]]
-        for _ in range(options.get("passes", 1)):
-            wanted = sliding_window(wanted, rank_window, 4, 2)
-    assert [result.text for result in whole] == wanted
-
-
-def test_the_windows_of_a_round_have_random_numbers_of_their_own(toy, monkeypatch):
-    seeds = []
-
-    def ask(self, asked, of_windows, samples, progress):
-        seeds.append(of_windows)
-        return words_in_order()(self, asked, of_windows, samples, progress)
-
-    monkeypatch.setattr(Reranker, "_ask_model", ask)
-    Reranker(toy, "toy", window=4, algorithm="top-down").rank("rain", [*"abcdefghij"])
-    assert [len(of_windows) for of_windows in seeds] == [1, 2] and len({*sum(seeds, [])}) == 3
-    top, seeds[:] = seeds[0], []
-    Reranker(toy, "toy", window=4, stride=2).rank("rain", [*"abcd"])
-    assert seeds == [top]  # of the first window, as without rounds
-
-
-def test_a_run_top_down_and_shuffled_is_written_counted_and_resumed(toy, tmp_path, capsys):
-    write_candidates(tmp_path / "c.jsonl", toy_task(2, 9, seed=0)[0])
-    settings = settings_of(tmp_path, max_num_seqs=1, window=4, algorithm="top-down", shuffle=True, samples=2)
-    counts = rerank_file(settings, toy)
-    whole = (tmp_path / "r.jsonl").read_bytes()
-    rows = [row for row in map(json.loads, whole.splitlines()) if "texts" not in row]
-    assert [row["part"] for row in rows] == [0, 0, 1] * 2  # the untrained toy answers nothing
-    assert counts["rounds"] == 4 and counts["calls"] == 12
-    assert any(sample["docids"] != row["docids"] for row in rows for sample in row["samples"][1:])
-    assert all(row["samples"][0]["docids"] == row["docids"] and "shares" in row for row in rows)
-    (tmp_path / "r.jsonl").write_bytes(b"".join(whole.splitlines(True)[:6]))
-    assert rerank_file(dataclasses.replace(settings, resume=True), toy) == counts | {"seconds": ANY}
-    assert (tmp_path / "r.jsonl").read_bytes() == whole
-
-
-def test_without_the_new_options_the_rows_have_no_new_fields(toy, tmp_path):
-    write_candidates(tmp_path / "c.jsonl", toy_task(1, 4, seed=0)[0])
-    rerank_file(settings_of(tmp_path, temperature=1.0, samples=2), toy)
-    row = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[1])
-    assert not {"part", "shares"} & row.keys() and {*row["samples"][0]} == {"response", "status", "order"}
-
-
 def test_of_several_answers_one_that_hit_the_limit_is_noticed(toy, monkeypatch):
     ids = toy.tokenizer("<answer> [2] > [1] </answer>")["input_ids"]
     both = [Completion([*ids, 1], True), Completion(ids, False)]
@@ -379,334 +210,6 @@ def test_memory_that_runs_out_is_one_line(toy, monkeypatch):
     monkeypatch.setattr(rearank, "sample", full)
     with pytest.raises(InputError, match="lower --max-num-seqs"):
         Reranker(toy, "toy").rank("rain", ["a", "b"])
-
-
-# --- a run on disk
-
-
-def settings_of(folder: Path, **changes) -> RerankSettings:
-    """Settings of a run over folder/c.jsonl into folder/r."""
-    files = {"input": str(folder / "c.jsonl"), "output": str(folder / "r")}
-    return RerankSettings(**{**files, "prompt": "toy", "max_new_tokens": 4, **changes})
-
-
-def test_a_run_file_keeps_the_models_order_and_a_trace_of_each_window(monkeypatch, toy, tmp_path):
-    answering(monkeypatch, toy, "<answer> [2] > [1] > [3] </answer>")
-    query = Candidates("q1", "rain", ["d1", "d2", "d3", "d4"], ["a", "b", "c", "d"], [4.0, 4.0, 4.0, 1.0])
-    write_candidates(tmp_path / "c.jsonl", [query])
-    counts = rerank_file(settings_of(tmp_path, top_k=3), toy)
-    run = read_run(tmp_path / "r")["q1"]
-    assert sorted(run, key=run.get, reverse=True) == ["d2", "d1", "d3", "d4"]
-    assert len(set(run.values())) == 4  # no tie can undo it
-    record, trace = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert (record["docids"], record["texts"]) == (["d1", "d2", "d3", "d4"], ["a", "b", "c", "d"])
-    assert record["order"] == ["d2", "d1", "d3", "d4"] and record["query"] == "rain"
-    assert trace["order"] == ["d2", "d1", "d3"] and trace["docids"] == ["d1", "d2", "d3"]
-    assert trace["status"] == "ok"
-    assert (counts["calls"], counts["ok"], counts["queries"], counts["unchanged"]) == (1, 1, 1, 0)
-
-
-def test_windows_left_as_they_were_are_counted(monkeypatch, toy, tmp_path):
-    answering(monkeypatch, toy, "<answer> [1] > [2] > [3] </answer>")
-    write_candidates(tmp_path / "c.jsonl", toy_task(3, 3, seed=0)[0])
-    assert rerank_file(settings_of(tmp_path), toy)["unchanged"] == 3
-
-
-def test_what_was_shortened_is_counted(toy, tmp_path):
-    lists = [Candidates("1", "rain", ["a", "b", "c"], ["oak " * 30, "oak", "storm " * 20], [3.0, 2.0, 1.0])]
-    write_candidates(tmp_path / "c.jsonl", lists)
-    counts = rerank_file(settings_of(tmp_path, passage_chars=50), toy)
-    assert (counts["passages"], counts["passages shortened"], counts["characters removed"]) == (3, 2, 69 + 69)
-    assert (counts["prompts shortened"], counts["queries shortened"]) == (0, 0)
-    assert rerank_file(settings_of(tmp_path, max_prompt_tokens=40), toy)["prompts shortened"] == 1
-
-
-@pytest.mark.parametrize("changes", [{"tag": "my run"}, {"output": "."}])
-def test_what_cannot_be_written_is_refused_before_the_work(toy, tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(rearank, "sample", lambda *a, **k: pytest.fail("the model was asked"))
-    write_candidates(tmp_path / "c.jsonl", [Candidates("1", "q", ["a", "b"], ["a", "b"], [2.0, 1.0])])
-    with pytest.raises(InputError, match="expected"):
-        rerank_file(settings_of(tmp_path, **changes), toy)
-    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
-
-
-def test_the_input_is_never_overwritten(toy, tmp_path):
-    write_candidates(tmp_path / "c.jsonl", toy_task(2, 3, seed=0)[0])
-    before = (tmp_path / "c.jsonl").read_bytes()
-    for output in ("c.jsonl", "c"):  # the run itself, and the reasoning beside it
-        with pytest.raises(InputError, match="would overwrite the input"):
-            rerank_file(settings_of(tmp_path, output=str(tmp_path / output)), toy)
-    assert (tmp_path / "c.jsonl").read_bytes() == before
-
-
-def file_options(folder) -> list[str]:
-    """Options for a short run over candidates below `folder`, all but --output."""
-    write_candidates(folder / "c.jsonl", toy_task(4, 5, seed=0)[0])
-    return ["--model", "m", "--prompt", "toy", "--max-new-tokens", "4", "--max-num-seqs", "2",
-            "--device", "cpu", "--input", str(folder / "c.jsonl")]
-
-
-def test_what_is_no_place_for_a_run_is_refused_before_any_work_and_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(rearank, "load_agent", lambda *_: pytest.fail("the model was loaded"))
-    options, folder = file_options(tmp_path), tmp_path / "out"
-    folder.mkdir()
-    os.mkfifo(folder / "pipe")
-    (folder / "to pipe").symlink_to("pipe")
-    (folder / "circle").symlink_to("circle")
-    (folder / "a.jsonl").symlink_to("circle")
-    (folder / "b.jsonl").mkdir()
-    (folder / "same").symlink_to("same.jsonl")
-    before = sorted(folder.iterdir())
-    for name in ("pipe", "to pipe", "circle", "a", "b", "new folder/"):
-        with pytest.raises(InputError, match="is a folder, a pipe or a device"):
-            rearank.main([*options, "--output", f"{folder}/{name}"])
-    with pytest.raises(InputError, match="would overwrite the input or another output"):
-        rearank.main([*options, "--output", str(folder / "same")])
-    for stats, words in ((folder / "r", "would overwrite"), (folder / "r.jsonl", "would overwrite"),
-                         (tmp_path / "c.jsonl", "would overwrite"), (folder, "is a folder")):
-        with pytest.raises(InputError, match=f"{stats}: {words}"):
-            rearank.main([*options, "--output", str(folder / "r"), "--stats", str(stats)])
-    for name in (folder, folder / "absent"):
-        with pytest.raises(OSError, match=f"'{name}'"):
-            rearank.main([*options[:-1], str(name), "--output", str(folder / "r")])
-    assert sorted(folder.iterdir()) == before and (folder / "pipe").is_fifo()
-
-
-def test_candidates_may_come_through_a_pipe_or_standard_input(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(rearank, "load_agent", lambda *_: toy)
-    options = file_options(tmp_path)
-    content = (tmp_path / "c.jsonl").read_bytes()
-    os.mkfifo(tmp_path / "pipe")
-    assert rearank.main([*options, "--output", str(tmp_path / "of file")]) == 0
-    for name in ("pipe", "-"):
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))
-        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[content], daemon=True)
-        if name == "pipe":
-            writer.start()
-        given = [*options[:-1], "-" if name == "-" else str(tmp_path / name)]
-        assert rearank.main([*given, "--output", str(tmp_path / f"of {name}")]) == 0
-        for end in ("", ".jsonl"):
-            written = (tmp_path / f"of {name}{end}").read_bytes()
-            assert written == (tmp_path / f"of file{end}").read_bytes()
-
-
-def test_half_a_surrogate_pair_in_an_answer_stops_no_run(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(rearank, "load_agent", lambda *_: toy)
-    monkeypatch.setattr(rearank.Agent, "decode", lambda self, completion: "<answer> [2] > \ud83d")
-    assert rearank.main([*file_options(tmp_path), "--output", str(tmp_path / "r")]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text("utf-8").splitlines()]
-    assert rows[1]["response"] == "<answer> [2] > ?" and len(rows) == 8
-
-
-def test_real_dl19_candidates_become_a_run(toy, tmp_path):
-    source = Path(__file__).parent / "../../shared/data/dl19_eval_dev/retrieve_results_dl19_top100.jsonl.gz"
-    if not source.exists():
-        pytest.skip("no ../shared/data here")
-    (tmp_path / "c.jsonl").write_bytes(b"".join(gzip.open(source).readlines()[:2]))
-    assert rerank_file(settings_of(tmp_path), toy)["calls"] == 18
-    assert all(len(docs) == 100 for docs in read_run(tmp_path / "r").values())
-
-
-# --- a run that is interrupted
-
-
-def test_an_interrupted_run_keeps_the_finished_queries(monkeypatch, toy, tmp_path):
-    write_candidates(tmp_path / "c.jsonl", toy_task(4, 3, seed=0)[0])
-    calls = []
-
-    def interrupted(model, prompts, *_, **__):
-        calls.append(len(prompts))
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        return [[Completion([1], True)] for _ in prompts]
-
-    monkeypatch.setattr(rearank, "sample", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        rerank_file(settings_of(tmp_path, max_num_seqs=2), toy)
-    assert list(read_run(tmp_path / "r")) == ["train0", "train1"]
-
-
-def test_an_interrupted_run_is_not_overwritten_unasked(toy, tmp_path):
-    write_candidates(tmp_path / "c.jsonl", toy_task(4, 3, seed=0)[0])
-    settings = settings_of(tmp_path, max_num_seqs=2)
-    rerank_file(settings, toy)
-    rerank_file(settings, toy)  # one that was finished may be
-    lines = (tmp_path / "r.jsonl").read_text().splitlines(True)
-    (tmp_path / "r.jsonl").write_text("".join(lines[:4]))
-    with pytest.raises(InputError, match="holds 2 of the 4 queries: pass --resume"):
-        rerank_file(settings, toy)
-
-
-def test_runs_are_written_and_resumed_through_links(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(rearank, "load_agent", lambda *_: toy)
-    options, store = file_options(tmp_path), tmp_path / "store"
-    links = [tmp_path / name for name in ("r", "r.jsonl", "s")]
-    for link, target in zip(links, ("run", "trace", "stats")):
-        link.symlink_to(store / target)
-    files = ["--output", str(tmp_path / "r"), "--stats", str(tmp_path / "s")]
-    answers, calls = rearank.sample, []
-
-    def interrupted(*arguments, **more):
-        calls.append(1)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        return answers(*arguments, **more)
-
-    monkeypatch.setattr(rearank, "sample", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        rearank.main([*options, *files])
-    assert len(read_run(store / "run")) == 2 and (store / "trace").read_bytes().count(b'"texts": ') == 2
-    monkeypatch.setattr(rearank, "sample", answers)
-    assert rearank.main([*options, *files, "--resume"]) == 0
-    assert rearank.main([*options, "--output", str(tmp_path / "whole")]) == 0
-    assert (store / "run").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert (store / "trace").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert json.loads((store / "stats").read_text())["queries"] == 4
-    assert all(link.is_symlink() for link in links) and len([*store.iterdir()]) == 3
-
-
-SLOW = """
-import sys, time
-import rearank, toy
-answers = rearank.sample
-def slow(*arguments, **options):
-    time.sleep(0.15)
-    return answers(*arguments, **options)
-rearank.sample = slow
-rearank.load_agent = lambda *_: toy.toy_agent(0)
-sys.exit(rearank.main(sys.argv[1:]))
-"""
-
-
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    write_candidates(tmp_path / "c.jsonl", toy_task(8, 9, seed=0)[0])
-    options = ["--model", "m", "--prompt", "toy", "--window", "6", "--stride", "3", "--max-new-tokens", "12",
-               "--temperature", "1", "--max-num-seqs", "2", "--device", "cpu",
-               "--input", str(tmp_path / "c.jsonl")]
-    monkeypatch.setattr(rearank, "load_agent", lambda *_: toy_agent(0))
-
-    def killed_after(lines, *more):
-        trace, arguments = tmp_path / "killed.jsonl", [*options, "--output", str(tmp_path / "killed"), *more]
-        process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], cwd=ROOT,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not trace.exists() or trace.read_text().count("\n") < lines:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-
-    assert rearank.main([*options, "--output", str(tmp_path / "whole")]) == 0
-    killed_after(5)
-    killed_after(14, "--resume")  # and again, later
-    with open(tmp_path / "killed.jsonl", "a") as file:
-        file.write('{"qid": "tra')  # what a kill leaves of a line
-    assert rearank.main([*options, "--output", str(tmp_path / "killed"), "--resume"]) == 0
-    for end in ("", ".jsonl"):
-        assert (tmp_path / f"killed{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
-    with pytest.raises(InputError, match="was begun with --seed 0"):
-        rearank.main([*options, "--output", str(tmp_path / "killed"), "--resume", "--seed", "1"])
-
-
-def test_a_run_that_stopped_after_any_line_is_resumed_to_the_same_bytes(toy, tmp_path):
-    write_candidates(tmp_path / "c.jsonl", toy_task(3, 5, seed=0)[0])
-    settings, files = settings_of(tmp_path, max_num_seqs=1, window=3, stride=2), ("r", "r.jsonl")
-    rerank_file(settings, toy)
-    whole = [(tmp_path / name).read_bytes() for name in files]
-    lines = whole[1].splitlines(True)
-    assert len(lines) == 3 * (1 + 2)
-    for kept in range(len(lines) + 1):
-        (tmp_path / "r.jsonl").write_bytes(b"".join(lines[:kept]))
-        rerank_file(dataclasses.replace(settings, resume=True), toy)
-        assert [(tmp_path / name).read_bytes() for name in files] == whole, kept
-
-
-def test_a_run_with_a_limit_is_continued_by_resume_without_it(tmp_path, toy):
-    write_candidates(tmp_path / "c.jsonl", toy_task(4, 5, seed=0)[0])
-    settings = settings_of(tmp_path, max_num_seqs=2, limit=2)
-    assert rerank_file(settings, toy)["queries"] == 2
-    first = (tmp_path / "r.jsonl").read_bytes()
-    whole = dataclasses.replace(settings, limit=0)
-    with pytest.raises(InputError, match="holds 2 of the 4 queries: pass --resume to go on"):
-        rerank_file(whole, toy)
-    assert rerank_file(dataclasses.replace(whole, resume=True), toy)["queries"] == 4
-    assert (tmp_path / "r.jsonl").read_bytes().startswith(first) and len(read_run(tmp_path / "r")) == 4
-    again = (tmp_path / "r.jsonl").read_bytes()
-    rerank_file(dataclasses.replace(settings, limit=1, resume=True), toy)
-    assert (tmp_path / "r.jsonl").read_bytes() == again  # a smaller limit takes nothing away
-
-
-GUARDED = {"model": "other", "prompt": "rankgpt", "window": 7, "stride": 2, "think": False,
-           "temperature": 0.5, "samples": 2, "passage_chars": 30, "max_new_tokens": 5,
-           "max_prompt_tokens": 90, "max_num_seqs": 3, "seed": 1, "server": "http://127.0.0.1:9/v1",
-           "dtype": "float32", "top_k": 3, "passes": 2, "algorithm": "top-down", "shuffle": True}
-
-
-def test_every_setting_is_guarded_by_resume_or_cannot_change_an_answer():
-    fields = {field.name for field in dataclasses.fields(RerankSettings)}
-    assert fields == GUARDED.keys() | set(FREE_TO_CHANGE) | {"input"}
-
-
-@pytest.mark.parametrize("name", list(GUARDED))
-def test_a_run_is_not_resumed_with_another_setting_and_the_setting_is_named(tmp_path, toy, name):
-    write_candidates(tmp_path / "c.jsonl", toy_task(1, 4, seed=0)[0])
-    settings = settings_of(tmp_path, max_num_seqs=2)
-    rerank_file(settings, toy)
-    before = (tmp_path / "r.jsonl").read_bytes()
-    other = dataclasses.replace(settings, resume=True, **{name: GUARDED[name]})
-    was = re.escape(f"begun with --{name.replace('_', '-')} {getattr(settings, name)!r}")
-    with pytest.raises(InputError, match=was):
-        rerank_file(other, toy)
-    assert (tmp_path / "r.jsonl").read_bytes() == before
-
-
-def test_a_prompt_file_may_move_between_two_parts_of_a_run_but_not_change(tmp_path, toy):
-    write_candidates(tmp_path / "c.jsonl", toy_task(2, 4, seed=0)[0])
-    template = "method: singleturn_listwise\nprefix: '{query} '\nbody: '[{rank}] {candidate} '\n"
-    first, moved = tmp_path / "first.yaml", tmp_path / "elsewhere" / "second.yaml"
-    first.write_text(template)
-    settings = settings_of(tmp_path, max_num_seqs=1, limit=1, prompt=str(first))
-    rerank_file(settings, toy)
-    before = (tmp_path / "r.jsonl").read_bytes()
-    first.write_text(template.replace("{query}", "{query} rain"))
-    read_prompt_file.cache_clear()  # a new process
-    with pytest.raises(InputError, match=f"begun with --prompt 'file with SHA-256 .*'; {first} is another"):
-        rerank_file(dataclasses.replace(settings, limit=0, resume=True), toy)
-    assert (tmp_path / "r.jsonl").read_bytes() == before
-    moved.parent.mkdir()
-    moved.write_text(template)
-    rerank_file(dataclasses.replace(settings, limit=0, resume=True, prompt=str(moved)), toy)
-    assert (tmp_path / "r.jsonl").read_bytes().startswith(before) and len(read_run(tmp_path / "r")) == 2
-
-
-def test_a_file_that_holds_parts_of_two_runs_is_not_resumed(tmp_path, toy):
-    write_candidates(tmp_path / "c.jsonl", toy_task(2, 4, seed=0)[0])
-    lines = {}
-    for seed in (0, 1):
-        rerank_file(settings_of(tmp_path, seed=seed, max_num_seqs=1), toy)
-        lines[seed] = (tmp_path / "r.jsonl").read_bytes().splitlines(True)
-    (tmp_path / "r.jsonl").write_bytes(b"".join(lines[0][:2] + lines[1][2:]))
-    with pytest.raises(InputError, match="begun with --seed 1"):
-        rerank_file(settings_of(tmp_path, max_num_seqs=1, resume=True), toy)
-
-
-def test_a_run_is_not_resumed_with_another_input(tmp_path, toy):
-    write_candidates(tmp_path / "c.jsonl", toy_task(1, 4, seed=0)[0])
-    settings = settings_of(tmp_path)
-    rerank_file(settings, toy)
-    write_candidates(tmp_path / "c.jsonl", toy_task(1, 4, seed=1)[0])
-    with pytest.raises(InputError, match="begun with another input"):
-        rerank_file(dataclasses.replace(settings, resume=True), toy)
-
-
-@pytest.mark.parametrize("content", [
-    b"[1]\n", b"{}\n", b'{"qid": "q", "texts": [], "run": "0f"}\n', b"\xff\n"])
-def test_resume_refuses_a_file_that_is_no_run_of_ours(tmp_path, toy, content):
-    write_candidates(tmp_path / "c.jsonl", toy_task(2, 4, seed=0)[0])
-    (tmp_path / "r.jsonl").write_bytes(content)
-    settings = settings_of(tmp_path, resume=True)
-    with pytest.raises(InputError, match="r.jsonl is not what rearank.py writes"):
-        rerank_file(settings, toy)
-    assert (tmp_path / "r.jsonl").read_bytes() == content
 
 
 # --- the command
@@ -855,11 +358,13 @@ def test_standard_input_is_read_as_a_file_is(toy, tmp_path, capsys, monkeypatch)
     assert rearank.main([*command, "-"]) == 0 and capsys.readouterr().out == "[]\n"
 
 
-def test_a_byte_that_is_not_utf8_on_standard_input_is_one_line():
-    command = [sys.executable, "rearank.py", "--model", "m", "--query", "q", "-"]
-    for encoding in ("utf-8:strict", "ascii:strict"):
-        environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
-        result = subprocess.run(command, input=b"an oak\n\n\xffbread", capture_output=True, cwd=ROOT,
-                                env=environment, check=False)
-        said = b"rearank.py: standard input:3: expected UTF-8 text, found the byte 0xff\n"
-        assert (result.returncode, result.stdout, result.stderr) == (2, b"", said)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_byte_that_is_not_utf8_on_standard_input_is_one_line(monkeypatch, capfd, encoding):
+    given = io.TextIOWrapper(io.BytesIO(b"an oak\n\n\xffbread"), encoding, "strict")
+    monkeypatch.setattr(sys, "stdin", given)
+    monkeypatch.setattr(sys, "argv", ["rearank.py", "--model", "m", "--query", "q", "-"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        run_main(rearank.main)
+    said = "rearank.py: standard input:3: expected UTF-8 text, found the byte 0xff\n"
+    assert end.value.code == 2 and capfd.readouterr() == ("", said)

@@ -10,6 +10,7 @@ from support.files import read_candidates
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_the_recipe_turns_a_folder_and_questions_into_candidates(tmp_path, monkeypatch):
     pytest.importorskip("bm25s")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rerank.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -362,6 +362,7 @@ def seen(html: str, keys: str = "", **fragment) -> tuple[str, list[str]]:
 needs_browser = pytest.mark.skipif(not BROWSER, reason="needs chromium")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_browser_opens_a_query_and_shows_a_passages_path_and_what_was_said_of_it(tmp_path):
     html = page(read_queries(written(tmp_path / "t", overlapping())), {"q1": {"e": 3, "a": 0}}, "t")
@@ -376,6 +377,7 @@ def test_the_browser_opens_a_query_and_shows_a_passages_path_and_what_was_said_o
     assert "Window 1 (ranks 3–5) ok: without it" in other
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_keyboard_walks_through_queries_and_passages(tmp_path):
     html = page(read_queries(written(tmp_path / "t", overlapping())), {"q1": {"e": 3, "a": 0}}, "t")
@@ -385,6 +387,7 @@ def test_the_keyboard_walks_through_queries_and_passages(tmp_path):
     assert "2 queries, 1 judged: mean NDCG@10 0.3869 → 1.0000 ▲0.6131; unjudged (so irrelevant) in " in text
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_browser_takes_no_text_for_html(tmp_path):
     html = page(read_queries(written(tmp_path / "t", hostile_rows())), {}, "good")

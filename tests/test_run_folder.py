@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from grpo import train
 from model import load_agent
 from support import run_folder
 from support.checkpoint import write_model
-from support.cli import InputError
+from support.cli import InputError, run_main
 from support.files import write_candidates, write_instances, write_qrels
 from support.lora import add_lora
 from support.optimizer import MasterAdamW
@@ -35,7 +36,8 @@ EVAL = ("eval_ndcg", "eval_low", "eval_high")
 UNREPEATABLE = ("tokens_per_s", "seconds", "peak_mib")
 
 # Forks a process for each attempt: importing torch twenty times would take minutes.
-# argv: the folder of model, data and held-out queries; where the runs go; whether the disk knows links.
+# argv: the folder of model, data, held-out queries and runs; whether the disk knows links. The model is
+# loaded once: every process gets a copy of it.
 HARNESS = r"""
 import errno, itertools, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
@@ -43,9 +45,11 @@ sys.path.insert(0, ROOT)
 import torch
 torch.set_num_threads(1)
 import grpo, toy, transformers.models.qwen2.modeling_qwen2  # else each fork imports them: 1 second
-from model import load_agent
+from model import load_agent, load_config
 
-given, out, links = sys.argv[1:]
+out, links = sys.argv[1:]
+config, agent = load_config(out + "/model"), load_agent(out + "/model", "cpu")
+grpo.load_config, grpo.load_agent = lambda *_: config, lambda *_: agent
 CHANGES = [(os, name) for name in ("rename", "replace", "link", "symlink", "truncate", "rmdir", "mkdir")]
 CHANGES.append((shutil, "copyfile"))
 
@@ -75,8 +79,8 @@ def attempt(folder, copied=False):
     sys.stdout = sys.stderr = open(os.devnull, "w")
     code = 1
     try:
-        code = grpo.main(["--model", given + "/model", "--data", given + "/data.jsonl", "--eval-data",
-                          given + "/held.jsonl", "--eval-qrels", given + "/held.qrels", "--eval-every", "2",
+        code = grpo.main(["--model", out + "/model", "--data", out + "/data.jsonl", "--eval-data",
+                          out + "/held.jsonl", "--eval-qrels", out + "/held.qrels", "--eval-every", "2",
                           "--out", folder, "--prompt", "toy", "--resume", "--device", "cpu", "--group-size",
                           "4", "--prompts-per-step", "1", "--sft-steps", "3", "--steps", "4",
                           "--max-new-tokens", "6", "--lr", "1e-3", "--sft-lr", "1e-3", "--save-every", "2",
@@ -101,10 +105,13 @@ def check(folder, load=False):
             copies = [save / "checkpoint" / file.name for save in among]
             shown = Path(folder, name, file.name).read_bytes()
             assert shown in [copy.read_bytes() for copy in copies if copy.exists()], file
-        if load:
+        content = {file.name: file.read_bytes() for file in Path(folder, name).iterdir()}
+        if load and content not in loaded:
             load_agent(f"{folder}/{name}", "cpu")
+            loaded.append(content)
     return 1
 
+loaded = []  # contents of folders that load
 assert ended(attempt(out + "/whole")) == 0 and check(out + "/whole", load=True)
 started = time.time()
 assert ended(attempt(out + "/again")) == 0
@@ -129,14 +136,17 @@ print(run + 1, names, checked)
 """
 
 
-@pytest.fixture
-def small_run(tmp_path) -> list[str]:
+def write_small_run(folder: Path) -> None:
     """A model folder and a file of instances: what `grpo.py --model` needs."""
-    agent = toy_agent(0)
-    write_model(agent, tmp_path / "model")
+    write_model(toy_agent(0), folder / "model")
     other = dataclasses.replace(one_window()[0], qid="r", texts=["rain bread", "bee hive honey"],
                                 labels=[2, 0])
-    write_instances(tmp_path / "data.jsonl", [*one_window(), other])
+    write_instances(folder / "data.jsonl", [*one_window(), other])
+
+
+@pytest.fixture
+def small_run(tmp_path) -> list[str]:
+    write_small_run(tmp_path)
     return [str(tmp_path / "model"), str(tmp_path / "data.jsonl")]
 
 
@@ -169,28 +179,32 @@ def everything(path: Path) -> dict:
     return found
 
 
+def kill_runs(folder: Path, links: str) -> list[str]:
+    write_small_run(folder)
+    candidates, qrels = toy_task(2, 5, seed=3, held_out=True)
+    write_candidates(folder / "held.jsonl", candidates)
+    write_qrels(folder / "held.qrels", qrels)
+    return [sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{HARNESS}", str(folder), links]
+
+
+@pytest.mark.beside(command=kill_runs)
 @pytest.mark.parametrize("links", ["yes", "no"])
-def test_a_run_that_is_killed_ends_as_the_unbroken_one(small_run, tmp_path, links):
+def test_a_run_that_is_killed_ends_as_the_unbroken_one(beside, links):
     """SIGKILL at twenty random moments, and once before every change of a name; inside --sft-steps too.
 
     With hard links, and where the disk has neither these nor symbolic ones. The second kind of kill is made
     of copies of the folder, taken at these instants of one run: each run up to there would take minutes.
     """
-    candidates, qrels = toy_task(2, 5, seed=3, held_out=True)
-    write_candidates(tmp_path / "held.jsonl", candidates)
-    write_qrels(tmp_path / "held.qrels", qrels)
-    command = [sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{HARNESS}", str(tmp_path), str(tmp_path), links]
-    done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    killed, renamed, checked = map(int, done.stdout.split())
-    whole = contents(tmp_path / "whole")
+    assert beside.returncode == 0, beside.stderr
+    killed, renamed, checked = map(int, beside.stdout.split())
+    whole = contents(beside.folder / "whole")
     assert len(whole["log"]) == 4 and renamed > 60 and checked > 50
     weights = "checkpoint/model.safetensors"
     assert whole[weights] == whole[f"saves/grpo-000004/{weights}"]
     assert "best/model.safetensors" in whole
     for run in [f"killed{n}" for n in range(killed)] + [f"renamed{n}" for n in range(renamed)]:
-        assert contents(tmp_path / run) == whole, run
-        assert not [p for p in (tmp_path / run).rglob("*") if p.is_symlink() or p.suffix == ".new"]
+        assert contents(beside.folder / run) == whole, run
+        assert not [p for p in (beside.folder / run).rglob("*") if p.is_symlink() or p.suffix == ".new"]
 
 
 # --- resuming
@@ -264,6 +278,7 @@ grpo.run_main(lambda: grpo.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_job_that_is_told_to_stop_saves_first(small_run, tmp_path):
     options = ["--model", small_run[0], "--data", small_run[1], "--out", str(tmp_path / "run"), *SMALL]
     command = [sys.executable, "-c", TERMINATED.format(root=str(ROOT)), *options, "--steps", "9"]
@@ -305,6 +320,7 @@ def test_an_earlier_run_is_moved_aside_and_never_deleted(toy, tmp_path, capsys):
     assert seeds == [0, 1, 2] and load_agent(str(tmp_path / "run.1/checkpoint"), "cpu")
 
 
+@pytest.mark.slow
 def test_another_process_that_trains_in_the_folder_is_not_joined(tmp_path):
     settings = quick(tmp_path)
     claimed = RunFolder(settings)
@@ -379,6 +395,7 @@ def test_a_save_that_is_damaged_anywhere_is_not_used(toy, tmp_path, capsys, file
     assert (tmp_path / "run/log.csv").read_text() == log  # nothing of it is lost
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_save_before_it_stays(small_run, tmp_path):
     """ulimit -f limits the size of a file, in KiB."""
     options = ["--model", small_run[0], "--data", small_run[1], "--out", str(tmp_path / "run"), *SMALL]
@@ -575,10 +592,13 @@ def test_a_run_of_the_old_layout_is_not_resumed_and_not_touched(tmp_path, link, 
     assert "\n" not in str(fault.value) and everything(tmp_path) == before
 
 
-def test_the_refusal_of_an_old_run_is_one_line_with_status_2(tmp_path):
+def test_the_refusal_of_an_old_run_is_one_line_with_status_2(tmp_path, monkeypatch, capfd):
     old_layout(tmp_path / "run", True, "group")
     before = everything(tmp_path)
-    command = [sys.executable, str(ROOT / "grpo.py"), "--resume", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--resume", "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        run_main(grpo.main)
+    said = capfd.readouterr()
+    assert end.value.code == 2 and len(said.err.splitlines()) == 1 and not said.out
     assert everything(tmp_path) == before

@@ -12,7 +12,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import successors
-from grpo import Rollouts, group_advantages, grpo_loss
+from grpo import Rollouts, grpo_loss
 from reward import Score
 from successors import (Watched, dapo_loss, dr_grpo_advantages, dr_grpo_loss, gdpo_advantages, gspo_loss,
                         rloo_advantages)
