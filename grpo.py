@@ -568,8 +568,10 @@ def train_model(settings: TrainSettings) -> int:
             batches = best_order_batches(agent, instances, settings)
             supervised(agent, batches, settings.sft_steps, settings.sft_lr, settings, "sft", folder)
         train(agent, instances, settings, folder, held_out=held_out)
+    window = f" --window {settings.window} --stride {(settings.window + 1) // 2}"
     say(f"{folder.path}/checkpoint is the trained model; rerank with it:\n  python rearank.py --model "
-        f"{folder.path}/checkpoint --prompt {settings.prompt} --input CANDIDATES --output RUN")
+        f"{folder.path}/checkpoint --prompt {settings.prompt}{window} --max-new-tokens "
+        f"{settings.max_new_tokens} --input CANDIDATES --output RUN")
     return 0
 
 

@@ -233,16 +233,20 @@ class Reranker(Options):
         load_prompt(self.prompt)  # faults in it are found before anything is loaded
         if self.algorithm not in ("sliding", "top-down") or self.passes < 1:
             raise ValueError(f"expected sliding or top-down, and 1 pass or more; found {self.algorithm}")
+        if self.algorithm == "top-down" and self.passes > 1:
+            raise ValueError("passes belong to the sliding window, not to top-down")
         if self.algorithm == "sliding":
             window_bounds(0, self.window, self.stride)
         if self.samples < 1 or self.samples > 1 and not self.temperature and not self.shuffle:
-            raise ValueError(f"samples {self.samples}: expected 1, or several at a temperature above 0")
+            raise ValueError(f"samples {self.samples}: expected 1, or several at a temperature above 0 or "
+                             "with shuffle; else all answers are the same")
         if self.shuffle and self.samples == 1:
             raise ValueError("shuffle: expected samples of 2 or more")
         self.opened = self.added = ""
         if self.server:
             if not self.think:
-                raise ValueError("think=False: a server cannot be made to begin with an empty think block")
+                raise ValueError("--no-think (think=False): a server's answers cannot be made to begin with "
+                                 "an empty think block")
             self.client = Server(self.server, self.model, self.timeout)
             return
         if not isinstance(self.model, Agent):
@@ -387,7 +391,7 @@ class Reranker(Options):
 class Files:
     """What the command reads and writes."""
 
-    input: str = setting("", "Candidates: rank_llm JSONL or JSON, RankGPT JSON, .gz of each.",
+    input: str = setting("", "Candidates: JSONL or JSON of rank_llm, RankGPT or Rankify, .gz too.",
                          group="input and output")
     output: str = setting("", "The TREC run to write; the reasoning goes to OUTPUT.jsonl (see report.py).")
     query: str = setting("", "Instead of --input: rank the lines of DOCUMENTS for this query, print them.")
@@ -444,6 +448,8 @@ def rerank_file(settings: RerankSettings, agent: Agent | None = None) -> Counter
                 rankings = reranker.rank_many([(c.query, c.texts[:k]) for c in batch], bar.update)
                 for c, ranking in zip(batch, rankings):
                     run.add(c, ranking)
+                if run.counts["error"] == run.counts["windows"] >= 8 and len(run.orders) < len(lists):
+                    raise InputError("no window has got an answer so far; the other queries were not asked")
     finally:
         run.close(len(lists))
     run.counts.update(queries=len(run.orders), seconds=round(time.time() - started))
@@ -500,6 +506,9 @@ def check_options(settings: RerankSettings) -> None:
         refuse(settings, ["shuffle"], "has no effect without --samples 2 or more")
     if settings.algorithm == "top-down":
         refuse(settings, ["stride", "passes"], "has no effect with --algorithm top-down")
+    elif settings.stride > settings.window and "stride" not in settings.given:
+        raise InputError(f"--window {settings.window}: expected a --stride of at most that beside it; its "
+                         f"default is {settings.stride}")
     if missing := [name for given, name in needs if not given]:
         raise InputError(f"expected {' and '.join(missing)}; --help lists all options")
 
@@ -517,7 +526,7 @@ def main(argv: list[str] | None = None) -> int:
           f"{counts['seconds']} s:",
           ", ".join(f"{counts[name]:,} {name}" for name in CLOSING))
     print(f"{settings.output} is the run, {settings.output}.jsonl the reasoning (report.py shows it)")
-    if not counts["ok"] + counts["repaired"] + counts["untagged"]:
+    if not counts["ok"] + counts["repaired"] + counts["untagged"] and counts["windows"] > counts["error"]:
         print(f"no answer held an order: was the model trained with --prompt {settings.prompt}? For other "
               "models, try --prompt rankgpt", file=sys.stderr)
     if settings.stats:

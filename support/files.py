@@ -136,6 +136,9 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
             if broken:
                 value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
         except (ValueError, RecursionError) as error:
+            if len(content[start:].partition("\n")[0].split()) == 6 and content[start] not in "[{":
+                raise InputError(f"{path}:{line}: looks like a TREC run, which has no texts; expected JSON "
+                                 "(docs/rerank.md, From a TREC run, joins both)") from None
             raise InputError(f"{path}:{line}: expected JSON ({error})") from None
         is_list = isinstance(value, list)
         if not is_list and "\n" in content[start:end]:

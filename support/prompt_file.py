@@ -32,7 +32,7 @@ UNSAFE = re.compile(r"[<|[]\{(?:query|candidate)\}|\{(?:query|candidate)\}[>|\]{
 
 def is_file(prompt: str) -> bool:
     """Whether a prompt is a file, not the name of a built-in one."""
-    return str(prompt).endswith((".yaml", ".yml"))
+    return str(prompt).lower().endswith((".yaml", ".yml"))
 
 
 @functools.lru_cache(maxsize=None)

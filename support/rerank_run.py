@@ -70,6 +70,9 @@ class RunOnDisk:
         if 0 < there < len(lists):
             raise InputError(f"{trace} holds {there} of the {len(lists)} queries: pass --resume to go on, "
                              "or remove it")
+        if there > len(lists):
+            raise InputError(f"{trace} holds {there} queries, and this run has {len(lists)}: give another "
+                             "--output, or remove it")
 
     def finished_lines(self, queries: int) -> list[bytes]:
         """The lines of OUTPUT.jsonl that a resumed run keeps. InputError where they are another run's.
@@ -104,6 +107,9 @@ class RunOnDisk:
                                      f"{'another input' if name == 'input' else found}")
         batch = 1 if self.settings.server else self.settings.max_num_seqs
         kept = len(whole) if len(whole) >= queries else len(whole) // batch * batch
+        if kept < len(whole):
+            print(f"--resume: keeps {kept} of {len(whole)} finished queries (whole batches of --max-num-seqs "
+                  f"{batch})", file=sys.stderr)
         return [line for lines in whole[:kept] for line in lines]
 
     def add(self, c: Candidates, ranking) -> None:
@@ -143,7 +149,8 @@ class RunOnDisk:
             self.orders[row["qid"]] = row["order"]
             return
         self.counts.update({
-            "calls": len(row["samples"]) or 1, "rounds": int(row.get("part", 0) == 0), row["status"]: 1,
+            "calls": len(row["samples"]) or 1, "windows": 1, "rounds": int(row.get("part", 0) == 0),
+            row["status"]: 1,
             "unchanged": int(row["order"] == row["docids"]), "hit limit": int(not row["finished"]),
             "prompts shortened": int(row["prompt_shortened"]),
             "queries shortened": int(row["query_chars_removed"] > 0), "passages": len(row["docids"]),

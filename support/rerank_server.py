@@ -78,9 +78,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             results.append({"index": result.index, "relevance_score": score, **document})
         tokens = {"input_tokens": sum(window.prompt_tokens for window in ranking.windows),
                   "output_tokens": sum(window.tokens for window in ranking.windows)}
-        return {"id": token_hex(8), "model": self.server.model, "results": results,
-                "meta": {"tokens": tokens}, "usage": {"total_tokens": sum(tokens.values())}}
-
+        meta = {"tokens": tokens, "statuses": [window.status for window in ranking.windows]}
+        return {"id": token_hex(8), "model": self.server.model, "results": results, "meta": meta}
 
 def serve(rank_many, port: int, host: str = "127.0.0.1", model: str = "") -> None:
     """Answer requests until Ctrl-C. Port 0 is any free one. InputError if the address cannot be used.
@@ -89,7 +88,6 @@ def serve(rank_many, port: int, host: str = "127.0.0.1", model: str = "") -> Non
         server = http.server.ThreadingHTTPServer((host, port), Handler)
     except (OSError, OverflowError, TypeError) as error:
         raise InputError(f"--serve {port}: cannot listen on {host}: {error}") from None
-    server.socket.listen(128)  # connections that may wait for their thread; socketserver's 5 are too few
     server.handle_error = lambda *_: None  # a client has hung up
     server.waiting, server.model, server.key = queue.Queue(), model, os.environ.get("REARANK_SERVE_KEY", "")
     print(f"listening on http://{host}:{server.server_port}/rerank", file=sys.stderr)

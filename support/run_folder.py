@@ -33,6 +33,8 @@ from support.training_log import TrainingLog, log_files
 # --resume refuses to change these settings: the result would be another run. The last three are the toy's.
 FIXED = ("model seed prompts_per_step group_size reward prompt window draws order keep_draws min_ndcg "
          "sft_steps sft_lr lora_rank teacher_graded eval_queries eval_seed").split()
+# These may change; a line says so.
+CHANGEABLE = "lr warmup decay beta temperature max_new_tokens updates clip grad_clip weight_decay".split()
 FRESH = {"step": 0, "best": -1.0, "best_step": 0}  # the state of a phase that has not begun
 
 
@@ -52,6 +54,10 @@ class RunFolder:
         if self.writes:
             if settings.resume and not earlier:
                 print(f"--resume: nothing has been saved in {self.path} yet: starting from the beginning")
+            for name in CHANGEABLE:
+                was, now = earlier.get(name), getattr(settings, name)
+                if earlier and was != now:
+                    print(f"--resume: --{name.replace('_', '-')} is {now} from here on, and was {was}")
             self.lock()
             if not earlier and holds_run(self.path):
                 numbered = (Path(f"{self.path}.{n}") for n in itertools.count(1))

@@ -564,3 +564,9 @@ def test_what_is_no_text_in_utf8_is_named(tmp_path, what, content):
     for read in (read_candidates, read_instances, read_qrels, read_run, read_text):
         with pytest.raises(InputError, match=f"lists: looks like {what}.*; expected text in UTF-8$"):
             read(tmp_path / "lists")
+
+
+def test_a_trec_run_given_as_candidates_is_recognised(tmp_path):
+    (tmp_path / "run").write_text("q1 Q0 d1 1 2.5 bm25\nq1 Q0 d2 2 1.5 bm25\n")
+    with pytest.raises(InputError, match="run:1: looks like a TREC run, which has no texts; expected JSON"):
+        read_candidates(tmp_path / "run")

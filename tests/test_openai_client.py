@@ -375,6 +375,21 @@ def test_errors_of_a_server_are_counted_and_end_with_status_1(server, tmp_path, 
     assert len(Fake.seen) == before + 3 and "0 error" in capsys.readouterr().out
 
 
+def test_a_server_that_answers_nothing_is_not_asked_for_every_query(server, tmp_path, capsys):
+    """Such as a wrong address. The run can be resumed, and no prompt is blamed."""
+    write_candidates(tmp_path / "c.jsonl", toy_task(20, 3, seed=0)[0])
+    Fake.script = [fails(404)] * 20
+    files = ["--input", str(tmp_path / "c.jsonl"), "--output", str(tmp_path / "r"), "--server", server,
+             "--concurrency", "4"]
+    with pytest.raises(InputError, match="no window has got an answer so far; the other queries were not"):
+        rearank.main(files)
+    told = capsys.readouterr()
+    assert "8 windows without an answer, the first: HTTP 404" in told.err and "rankgpt" not in told.err
+    assert len(Fake.seen) == 8
+    Fake.script = []
+    assert rearank.main([*files, "--resume"]) == 0 and len(read_run(tmp_path / "r")) == 20
+
+
 def test_a_query_that_gets_no_answer_ends_with_status_1(server, tmp_path, capsys):
     (tmp_path / "lines.txt").write_text("wax\nhoney\n")
     command = ["--server", server, "--query", "q", str(tmp_path / "lines.txt")]

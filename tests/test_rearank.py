@@ -248,6 +248,7 @@ def test_an_option_without_effect_is_refused_in_one_line_before_anything_is_done
 @pytest.mark.parametrize("mode, options", [
     (WITH_QUERY, "--explain --format json --top-k 5 --device cpu --dtype float32"),
     (WITH_INPUT, "--stats s.json --resume --tag mine --limit 3 --max-num-seqs 9 --max-prompt-tokens 9"),
+    (WITH_INPUT, "--algorithm top-down --window 6"),
     (WITH_SERVER, "--stats s.json --resume --tag mine --concurrency 9 --timeout 9 --samples 2")])
 def test_an_option_with_an_effect_is_taken(mode, options):
     rearank.check_options(command_line(RerankSettings, [*mode, *options.split()]))
@@ -368,3 +369,11 @@ def test_a_byte_that_is_not_utf8_on_standard_input_is_one_line(monkeypatch, capf
         run_main(rearank.main)
     said = "rearank.py: standard input:3: expected UTF-8 text, found the byte 0xff\n"
     assert end.value.code == 2 and capfd.readouterr() == ("", said)
+
+
+def test_a_window_smaller_than_the_default_stride_needs_a_stride(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--window 6: expected a --stride of at most that beside it"):
+        rearank.main(["--model", "m", "--input", "c.jsonl", "--output", "r", "--window", "6"])
+    with pytest.raises(ValueError, match="passes belong to the sliding window"):
+        Reranker("nowhere", algorithm="top-down", passes=2)

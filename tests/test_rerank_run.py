@@ -358,3 +358,20 @@ def test_resume_refuses_a_file_that_is_no_run_of_ours(tmp_path, toy, content):
     with pytest.raises(InputError, match="r.jsonl is not what rearank.py writes"):
         rerank_file(settings, toy)
     assert (tmp_path / "r.jsonl").read_bytes() == content
+
+
+def test_a_trial_does_not_overwrite_a_longer_run(tmp_path, toy):
+    write_candidates(tmp_path / "c.jsonl", toy_task(3, 4, seed=0)[0])
+    rerank_file(settings_of(tmp_path), toy)
+    before = (tmp_path / "r.jsonl").read_bytes()
+    with pytest.raises(InputError, match="holds 3 queries, and this run has 2: give another --output"):
+        rerank_file(settings_of(tmp_path, limit=2), toy)
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_says_what_it_cannot_keep(tmp_path, toy, capsys):
+    write_candidates(tmp_path / "c.jsonl", toy_task(5, 4, seed=0)[0])
+    rerank_file(settings_of(tmp_path, max_num_seqs=2, limit=3), toy)
+    rerank_file(settings_of(tmp_path, max_num_seqs=2, resume=True), toy)
+    said = "--resume: keeps 2 of 3 finished queries (whole batches of --max-num-seqs 2)"
+    assert said in capsys.readouterr().err

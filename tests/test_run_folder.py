@@ -301,6 +301,15 @@ def test_a_run_is_not_resumed_with_a_setting_that_makes_it_another_run(toy, tmp_
         RunFolder(dataclasses.replace(settings, resume=True, **{name: GUARDED[name]}))
 
 
+def test_a_setting_that_may_change_at_a_resume_is_reported(toy, tmp_path, capsys):
+    settings = quick(tmp_path, steps=1)
+    train(toy, one_window(), settings, RunFolder(settings))
+    assert "from here on" not in capsys.readouterr().out
+    RunFolder(dataclasses.replace(settings, resume=True, updates=2, lr=1e-9))
+    said = capsys.readouterr().out
+    assert "--resume: --updates is 2 from here on, and was 1" in said and "--lr is 1e-09 from here on" in said
+
+
 def test_resuming_where_nothing_has_been_saved_starts_from_the_beginning_and_says_so(toy, tmp_path, capsys):
     settings = quick(tmp_path, resume=True)
     train(toy, one_window(), settings, RunFolder(settings))
