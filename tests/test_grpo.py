@@ -1,5 +1,6 @@
 """GRPO: advantages, loss, one step, validation, supervised learning, the command."""
 
+import copy
 import csv
 import dataclasses
 import itertools
@@ -64,7 +65,7 @@ def test_k3_estimates_the_exact_kl_far_from_zero():
     estimates = k3(policy[drawn], reference[drawn])
     assert (estimates >= 0).all()
     assert abs(estimates.mean() - exact) < 0.02 * exact
-    assert abs(k3(reference[drawn], policy[drawn]).mean() - exact) > 0.1 * exact  # swapped: another quantity
+    assert abs(k3(reference[drawn], policy[drawn]).mean() - exact) > 0.1 * exact  # k3 is not symmetric
 
 
 def test_the_penalty_pulls_the_policy_back_to_the_reference():
@@ -73,12 +74,12 @@ def test_the_penalty_pulls_the_policy_back_to_the_reference():
     policy = logits.log_softmax(-1)
     kl = (policy.exp() * (policy - reference)).sum()
     exact = torch.autograd.grad(kl, logits, retain_graph=True)[0]
-    expected = torch.zeros_like(exact)  # the expectation over tokens that the policy draws
+    expected = torch.zeros_like(exact)  # the expectation over tokens drawn from the policy
     for a in range(3):
         token = slice(a, a + 1)
         loss = grpo_loss(policy[:, token], reference[:, token], torch.zeros(1), torch.tensor([1]), beta=1.0)
         expected += policy[0, a].exp().detach() * torch.autograd.grad(loss, logits, retain_graph=True)[0]
-    assert (torch.sign(expected) == torch.sign(exact)).all() and expected.abs().sum() > 0  # k1 would give 0
+    assert (torch.sign(expected) == torch.sign(exact)).all() and expected.abs().sum() > 0  # with k1 it is 0
 
 
 def test_every_answer_counts_alike_however_long_and_every_token_alike_inside_it():
@@ -118,7 +119,7 @@ def three_groups():
 
 
 def update(monkeypatch, model, reference, optimizer, rollouts, rewards, lr, settings) -> dict:
-    """The log's row of a `grpo_step` whose rollouts and rewards are given."""
+    """Run `grpo_step` with given rollouts and rewards instead of sampling. Returns the log's row."""
     monkeypatch.setattr(grpo, "sample_rollouts", lambda *_: rollouts)
     monkeypatch.setattr(grpo, "score_rollouts", lambda *_: rewards)
     monkeypatch.setattr(grpo, "rollout_statistics", lambda *_: {})
@@ -140,11 +141,11 @@ def test_an_update_is_the_same_however_it_is_cut_into_micro_batches(monkeypatch,
         wanted = pytest.approx(results[2][name], rel=1e-4, abs=1e-6, nan_ok=True)
         assert results[0][name] == wanted == results[1][name]
     assert results[0]["grad_norm"] > 0.01
-    assert results[0]["kl"] > 0 if beta else math.isnan(results[0]["kl"])  # no reference: unknown, not 0
+    assert results[0]["kl"] > 0 if beta else math.isnan(results[0]["kl"])  # without a reference: NaN
 
 
 class Watched(MasterAdamW):
-    """Keeps the gradients that the update asks it to apply."""
+    """An optimizer that keeps a copy of the gradients of its last step."""
 
     def step(self, *arguments, **options):
         self.given = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.params]
@@ -153,7 +154,7 @@ class Watched(MasterAdamW):
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_the_gradient_is_that_of_the_loss_over_all_answers_a_flat_group_among_them(monkeypatch, beta):
-    """Equations 3 and 4 written out: one forward pass for each answer, a mean over all B x G of them."""
+    """The expected gradient writes out equations 3 and 4: one forward pass per answer, a mean over B x G."""
     (rollouts, rewards), model, reference = three_groups(), tiny_model(), tiny_model(seed=1)
     optimizer = Watched(model.parameters())
     settings = toy_settings(beta=beta, microbatch_tokens=20)
@@ -173,7 +174,7 @@ def test_the_gradient_is_that_of_the_loss_over_all_answers_a_flat_group_among_th
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_several_updates_are_those_of_ppo_written_out(monkeypatch, beta):
-    """Each update takes all answers again, against the policy before the first one."""
+    """Each update uses all answers. Its ratios are against the policy before the first update."""
     (rollouts, rewards), model, reference = three_groups(), tiny_model(), tiny_model(seed=1)
     naive, lr = tiny_model(), 3e-3
     settings = toy_settings(beta=beta, microbatch_tokens=20, updates=3, clip=[0.1, 0.3], grad_clip=1e9)
@@ -198,8 +199,8 @@ def test_several_updates_are_those_of_ppo_written_out(monkeypatch, beta):
         (-objective).backward()
         adamw.step()
     assert clipped > 3 and row["clipped"] == pytest.approx(clipped / total)
-    assert relative_error(list(model.parameters()), list(naive.parameters())) < 1e-3
-    assert row["loss"] == pytest.approx(beta * row["kl"] if beta else 0.0, abs=0.05)  # of the first update
+    assert relative_error([p.detach() for p in model.parameters()], [*naive.parameters()]) < 1e-3
+    assert row["loss"] == pytest.approx(beta * row["kl"] if beta else 0.0, abs=0.05)  # first update's
 
 
 def test_with_one_update_the_old_policy_and_the_clip_change_not_a_bit():
@@ -216,7 +217,7 @@ def test_with_one_update_the_old_policy_and_the_clip_change_not_a_bit():
 
 
 def test_an_advantage_of_ones_own_and_a_loss_of_ones_own_get_what_they_need(toy, tmp_path):
-    """A loss returns its micro-batch's part of a sum; all_lengths say what the whole batch divides by."""
+    """A loss returns its micro-batch's part of a sum. `all_lengths` are the lengths in the whole batch."""
     settings, seen = quick(tmp_path, steps=1, updates=2, microbatch_tokens=20), []
 
     def advantage(rollouts):
@@ -234,6 +235,24 @@ def test_an_advantage_of_ones_own_and_a_loss_of_ones_own_get_what_they_need(toy,
     assert {whole for *_, whole, _ in parts} == {sum(n for _, n, *_ in parts) // 2} and len(parts) > 2
 
 
+def test_the_reference_reads_a_batch_once_however_many_updates_use_it(monkeypatch):
+    (rollouts, rewards), visited, honest = three_groups(), [], grpo.microbatches
+    monkeypatch.setattr(grpo, "microbatches",
+                        lambda model, *rest: visited.append(model) or honest(model, *rest))
+    model, reference = tiny_model(), tiny_model(seed=1)
+    update(monkeypatch, model, reference, MasterAdamW(model.parameters()), rollouts, rewards, 1e-3,
+           toy_settings(beta=0.1, updates=3))
+    assert visited == [reference, model, model, model]
+
+
+def test_an_update_that_is_not_finite_is_the_last_of_its_step_and_is_reported(toy, tmp_path):
+    settings, before = quick(tmp_path, reward="random", steps=1, updates=3), copy.deepcopy(toy.model)
+    train(toy, one_window(), settings, RunFolder(settings), loss=nan_at(1))
+    assert all(map(torch.equal, before.parameters(), toy.model.parameters()))
+    [row] = csv.DictReader(open(tmp_path / "run/log.csv"))
+    assert row["skipped"] == "1"
+
+
 @pytest.mark.parametrize("typed, said", [
     ("--clip 0.2 0.3", "--clip has no effect without --updates 2 or more"),
     ("--updates 2 --clip -0.1 0.2", "expected LOW from 0 to 1"),
@@ -246,11 +265,11 @@ def test_a_clip_that_clips_nothing_is_refused(typed, said):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_a_step_learns_at_the_temperature_that_it_sampled_at(monkeypatch, temperature, beta):
-    """STYLE's known mistake: applied in sampling, not in the log-probabilities of policy and reference."""
+    """A known mistake: the temperature is applied in sampling, but not in the log-probabilities."""
     (rollouts, rewards), norms, kls = three_groups(), [], []
     for t in (temperature, "as logits"):
         model, reference = tiny_model(), tiny_model(seed=1)
-        if t == "as logits":  # dividing the weights of the head by t is the same policy at temperature 1
+        if t == "as logits":  # the same policy at temperature 1 has the head's weights divided by t
             for m in (model, reference):
                 m.lm_head.weight.data /= temperature
         settings = toy_settings(beta=beta, temperature=1.0 if t == "as logits" else t)
@@ -274,7 +293,7 @@ def test_a_flat_group_costs_nothing_without_a_penalty_and_keeps_its_penalty_with
         model = tiny_model()
         optimizer, settings = MasterAdamW(model.parameters()), toy_settings(beta=0.1 if reference else 0.0)
         update(monkeypatch, model, reference, optimizer, rollouts, rewards, 1e-3, settings)
-    # Without a reference the update; with one its pass and the update.
+    # Groups visited without a reference: by the update. With one: by the reference's pass and by the update.
     assert [[*groups] for groups in visited] == [[0, 1], [0, 1, 2], [0, 1, 2]]
 
 
@@ -294,7 +313,7 @@ def test_random_rewards_have_nothing_to_do_with_the_answers_and_differ_from_step
 
 
 def test_the_log_describes_the_rollouts(toy, monkeypatch):
-    """Two answers to a window with labels 0, 3: the better order, and the order as it was, cut off."""
+    """Two answers to a window with labels 0, 3: a better order, and a cut-off answer that keeps the order."""
     texts = ["<think> x </think> <answer> [2] > [1] </answer>", "<answer> [1] > [2] </answer>"]
     answers = [Completion([5] * 8, True), Completion([5] * 4, False)]
     monkeypatch.setattr(grpo, "sample", lambda *_, **options: [answers])
@@ -319,7 +338,7 @@ def test_rollouts_of_two_steps_differ_and_a_step_repeats_its_own(toy):
 
 
 def test_the_log_says_how_far_the_sampler_is_from_the_trainer(toy, tmp_path, monkeypatch):
-    """Zero but for rounding in float32; and what it says is what was put there."""
+    """In float32 the difference is rounding only. A difference of 0.5 that the test adds is logged."""
     settings = quick(tmp_path, reward="random", steps=1)
     train(toy, one_window(), settings, RunFolder(settings))
     [row] = csv.DictReader(open(tmp_path / "run/log.csv"))
@@ -335,7 +354,7 @@ def test_the_log_says_how_far_the_sampler_is_from_the_trainer(toy, tmp_path, mon
     again = quick(tmp_path, reward="random", steps=1, out=str(tmp_path / "b"))
     train(toy, one_window(), again, RunFolder(again))
     [row] = csv.DictReader(open(tmp_path / "b/log.csv"))
-    assert float(row["logp_diff_max"]) == pytest.approx(0.5, abs=0.01)  # the policy moved a little before
+    assert float(row["logp_diff_max"]) == pytest.approx(0.5, abs=0.01)  # the policy moved before
     tokens = float(row["length"]) * 8
     assert float(row["logp_diff"]) == pytest.approx(0.5 / tokens, rel=0.1)
 
@@ -344,7 +363,7 @@ def test_the_log_says_how_far_the_sampler_is_from_the_trainer(toy, tmp_path, mon
 
 
 def nan_at(*steps):
-    """A loss that is not a number in these steps (of one micro-batch each)."""
+    """A loss that is NaN in these steps. Each step must have one micro-batch."""
     calls = []
 
     def loss(logps, *rest):
@@ -369,14 +388,14 @@ def test_one_bad_gradient_skips_the_update_and_keeps_its_rollouts(toy, tmp_path,
     assert "step    1  " in printed and "SKIPPED: loss nan" in printed
     skipped = (tmp_path / "run/skipped.txt").read_text()
     entries = re.findall(r"--- step (\d+), query q: .*\n.*\n    reward (\S+), .* (\d+) tokens\n", skipped)
-    rewards = torch.rand((1, 8), generator=torch.Generator().manual_seed(1))[0].tolist()  # --reward random's
+    rewards = torch.rand((1, 8), generator=torch.Generator().manual_seed(1))[0].tolist()  # as --reward random
     assert [(step, reward) for step, reward, _ in entries] == [("1", f"{r:+.3f}") for r in rewards]
     assert all(0 < int(length) <= 12 for *_, length in entries)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_norm_that_is_not_finite_skips_too(toy, tmp_path, bad):
-    """The loss is a number, a gradient is none."""
+    """The loss is finite, but the gradient is not."""
 
     class Bad(torch.autograd.Function):
         forward = staticmethod(lambda ctx, x: x.clone())
@@ -432,7 +451,7 @@ def test_a_supervised_step_that_is_not_finite_is_skipped_and_the_third_stops_the
 
 
 def test_a_tiny_model_learns_what_is_rewarded(toy, tmp_path):
-    """Reward a token: the policy writes it more often. This is the whole of GRPO, without the ranking."""
+    """The reward is the share of the word "storm". GRPO makes the policy write it more often."""
     def share(text, *_):
         return Score(text.split().count("storm") / max(1, len(text.split())), 0.0, 0.0, 0.0, 0.0)
     settings = quick(tmp_path, prompts_per_step=2, group_size=16, steps=40, lr=3e-3, save_every=1000)
@@ -445,7 +464,7 @@ def test_a_tiny_model_learns_what_is_rewarded(toy, tmp_path):
 
 
 def test_the_sampled_ids_are_trained_on_and_not_the_text_encoded_again(toy, tmp_path, monkeypatch):
-    # Decodes to a text whose encoding is other ids: <|pad|> stands for every unknown word too.
+    # The text of these ids is encoded as other ids, since <|pad|> also stands for unknown words.
     odd = [7, 0, 9, 1]
     def always_odd(model, prompts, group_size, **_):
         return [[Completion(odd, True)] * group_size] * len(prompts)
@@ -470,10 +489,10 @@ def test_the_kl_is_measured_without_a_penalty_where_it_is_asked_for(tmp_path):
         agent = toy_agent(0)
         train(agent, one_window(), settings, RunFolder(settings))
         logs.append([float(row["kl"]) for row in csv.DictReader(open(tmp_path / name / "log.csv"))])
-    assert all(map(math.isnan, logs[0]))  # unknown, which is not 0
+    assert all(map(math.isnan, logs[0]))  # unknown, not 0
     assert abs(logs[1][0]) < 1e-6 < 1e-3 < logs[1][1]  # the first step's policy is the reference
     weights = [load_file(tmp_path / name / "checkpoint/model.safetensors") for name in ("off", "on")]
-    for name, weight in weights[0].items():  # measuring it changes nothing
+    for name, weight in weights[0].items():  # measuring the KL changes no weight
         torch.testing.assert_close(weight, weights[1][name], atol=1e-6, rtol=0)
 
 
@@ -495,7 +514,7 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
 def test_validation_is_the_ndcg_of_greedy_reranking(toy):
     candidates, qrels = toy_task(6, 8, 0, held_out=True)
     for judged in qrels.values():
-        judged["a relevant one that the list lacks"] = 3  # is part of the ideal
+        judged["a relevant one that the list lacks"] = 3  # counts in the ideal
     settings = toy_settings(window=5, max_new_tokens=9)
     row = grpo.validate(toy, candidates, qrels, settings)
     reranker, scores = Reranker(toy, "toy", window=5, stride=5, max_new_tokens=9), []
@@ -550,9 +569,9 @@ def test_a_model_folder_trains_on_candidate_files(folder):
     data = ["--data", str(folder / "c.jsonl"), "--qrels", str(folder / "q.txt")]
     assert grpo.main(arguments(folder, *data, "--sft-steps", "1", "--checkpointing")) == 0
     [row] = csv.DictReader(open(folder / "o/log.csv"))
-    assert row["step"] == "1" and float(row["kl"]) == pytest.approx(0, abs=1e-6)  # still the reference
+    assert row["step"] == "1" and float(row["kl"]) == pytest.approx(0, abs=1e-6)  # equals the reference
     with pytest.raises(InputError, match="--resume"):
-        grpo.main(arguments(folder, *data))  # an earlier run is never overwritten without being asked
+        grpo.main(arguments(folder, *data))  # an earlier run is not overwritten
     config = json.loads((folder / "o/config.json").read_text())
     assert config["data"] == [data[1]] and len(config["trained_on"]["sha256"]) == 64
 
@@ -575,14 +594,14 @@ def test_a_run_is_trained_and_resumed_with_the_content_of_its_prompt_file(folder
     path.rename(moved)
     assert grpo.main([*command, "--resume", "--steps", "2", "--prompt", str(moved)]) == 0
     moved.write_text(template + "suffix: rain\n")
-    read_prompt_file.cache_clear()  # a new process
+    read_prompt_file.cache_clear()  # as in a new process
     with pytest.raises(InputError, match="begun with --prompt 'file with SHA-256 .*moved.yaml is another"):
         grpo.main([*command, "--resume", "--steps", "3", "--prompt", str(moved)])
 
 
 def test_a_resumed_run_keeps_to_its_data(folder):
     assert grpo.main(arguments(folder, "--data", str(folder / "i.jsonl"))) == 0
-    assert grpo.main(arguments(folder, "--resume", "--steps", "2")) == 0  # --data auto: as it began
+    assert grpo.main(arguments(folder, "--resume", "--steps", "2")) == 0  # without --data: the run's own
     assert len((folder / "o/log.csv").read_text().splitlines()) == 3
     write_instances(folder / "i.jsonl", one_window() * 2)
     with pytest.raises(InputError, match="--resume: .* was trained on other data"):
@@ -603,7 +622,7 @@ def test_a_resumed_run_keeps_to_the_data_that_auto_stood_for(folder, monkeypatch
 
 
 def test_a_resumed_run_keeps_the_supervised_model_as_its_reference(folder, monkeypatch):
-    """The penalty is to the model that GRPO started from, which --sft-steps has moved away from --model."""
+    """The reference is the model that GRPO started from. --sft-steps has moved it away from --model."""
     weights, honest = [], grpo.policy_microbatches
 
     def recorded(agent, reference, *more):

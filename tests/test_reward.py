@@ -1,6 +1,6 @@
-"""The reward: how a response is read (INTERFACES.md's 7 points), NDCG, what eqs. 5 and 6 pay and must not.
+"""The reward: the parser (the 7 points of INTERFACES.md), NDCG, and the reward of equations 5 and 6.
 
-Names state the property: whoever breaks reward.py learns from the failing name why the line was there.
+Each test's name states the property and often its reason, so that a failure explains what the line was for.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ BEST = "<think> grades </think> <answer> [2] > [5] > [3] > [1] > [4] </answer>"
 
 
 def read(text, n=3):
-    """Status and the order as 1-based ids, which are easier to compare with the text than positions."""
+    """Parse a text. Returns (status, order), with 1-based ids, as they stand in the text."""
     ranking = parse_ranking(text, n)
     return ranking.status, [i + 1 for i in ranking.order]
 
@@ -70,7 +70,7 @@ def test_a_block_that_names_nothing_gives_way_to_the_last_earlier_one_that_does(
 
 def test_a_stray_second_closing_tag_does_not_hide_the_list():
     assert read("<answer> 3 > 2 > 1 </answer> </answer>") == ("ok", [3, 2, 1])
-    # To the last one, as the contract says.
+    # The block ends at the last closing tag, as the contract says.
     assert read("<answer> [3] > [2] </answer> and [1] </answer>") == ("ok", [3, 2, 1])
 
 
@@ -103,11 +103,11 @@ def test_an_open_answer_is_read_as_far_as_it_goes_and_called_truncated(text, ord
 
 
 def test_a_bare_number_at_the_very_end_may_be_cut_and_is_not_trusted():
-    """"[1" may have become "[12]"."""
+    """The answer was cut off: "[1" may be the beginning of "[12]"."""
     assert read("<answer> [3] > [1", 12)[1][:3] == [3, 1, 2]
     assert read("<answer> 3 > 2", 12)[1][:3] == [3, 1, 2]
     assert read("<answer> 3 > 2 ", 12)[1][:3] == [3, 2, 1]  # the space ends the number
-    assert read("<answer> [3] > [2]", 12)[1][:3] == [3, 2, 1]  # and so does the bracket
+    assert read("<answer> [3] > [2]", 12)[1][:3] == [3, 2, 1]  # the bracket ends the number
     assert parse_ranking("<answer> [12] > [1", 12).order[0] == 11
 
 
@@ -194,7 +194,7 @@ def test_whatever_a_model_writes_comes_back_as_a_permutation(text, n):
 
 
 def literal_block(text):
-    """Contract 2's first sentence, word for word: after the last </think>, else the first, else anywhere."""
+    """The answer block by contract 2: after the last </think>, else after the first, else anywhere."""
     thoughts = text.split("</think>")
     places = dict.fromkeys((thoughts[-1], text.partition("</think>")[2])) if len(thoughts) > 1 else [text]
     for place in places:
@@ -225,7 +225,7 @@ HOSTILE = ["<answer>", "<answer></answer>", "<answer>[9]</answer>", "<answer>1",
 @pytest.mark.parametrize("frame", ["{}", "x{}", "<answer>{}x", "<answer>{}</answer>", "<answer>x{}</answer>",
                                    "<think></think><answer>[1]{}</answer>x"])
 def test_the_time_is_linear_in_the_text_because_a_training_model_writes_anything(frame):
-    """200,000 characters of each: about 10 ms. A quadratic step: minutes; 1 s is safe on a busy machine."""
+    """200,000 characters take about 10 ms, in quadratic code minutes. 1 s is safe on a busy machine."""
     for unit in HOSTILE:
         text = frame.format(unit * (200_000 // len(unit)))
         started = time.process_time()
@@ -261,7 +261,7 @@ def test_nothing_below_rank_k_counts():
 
 def test_the_ideal_is_over_all_judged_passages_so_that_a_list_without_the_best_ones_is_not_perfect():
     assert ndcg([1, 0], ideal=[0, 1, 3, 3]) == pytest.approx(1 / (3 + 3 / math.log2(3) + 1 / 2))
-    assert ndcg([1] * 10, ideal=[1] * 50) == 1.0  # more relevant passages than ranks: a full page is perfect
+    assert ndcg([1] * 10, ideal=[1] * 50) == 1.0  # more relevant passages than ranks: ten are perfect
 
 
 def test_negative_labels_gain_nothing_as_in_trec_eval():
@@ -316,7 +316,7 @@ def test_the_reward_is_equation_six_over_equation_five():
 
 
 def test_the_reward_comes_from_the_new_order_and_not_from_scores_that_stay_with_the_positions():
-    """If labels or first-stage scores kept their positions, every answer would score the window as it was."""
+    """If labels or scores stayed with the positions, every answer would get the NDCG of the old order."""
     scores = {score_response(answer(ids), [0, 1, 3]).ndcg for ids in itertools.permutations([1, 2, 3])}
     assert len(scores) == 6
     assert score_response(answer([1, 2, 3]), [0, 1, 3]).rank == 0.0
@@ -325,7 +325,7 @@ def test_the_reward_comes_from_the_new_order_and_not_from_scores_that_stay_with_
 @given(st.integers(2, 8).flatmap(lambda n: st.tuples(st.lists(st.integers(0, 3), min_size=n, max_size=n),
                                                      st.permutations(range(n)), st.permutations(range(n)))))
 def test_the_reward_does_not_depend_on_which_number_a_passage_carries(case):
-    """The window in another order, the response's ids renamed alike: the same passages in the same order."""
+    """The window is permuted and the response's ids are renamed to match: the passages' order is equal."""
     labels, order, place = case  # passage i of the first window is passage place[i] of the second
     moved = [labels[place.index(i)] for i in range(len(labels))]
     first = score_response(answer(i + 1 for i in order), labels)
@@ -345,7 +345,7 @@ def test_the_choice_of_the_ideal_cancels_in_equation_five(labels, others, random
 @given(st.lists(st.integers(0, 3), min_size=3, max_size=8),
        st.lists(st.randoms(use_true_random=False), min_size=3, max_size=8))
 def test_inside_a_group_the_three_schemes_are_affine_images_where_nothing_is_clipped(labels, draws):
-    """So they give the same advantages after the z-score, wherever the format parts do not differ."""
+    """After the z-score they give the same advantages, unless the format rewards differ."""
     ids = range(1, len(labels) + 1)
     texts = [answer(draw.sample(ids, len(ids))) for draw in draws] + ["no order at all"]
     normalized, absolute, difference = ([score_response(text, labels, scheme=scheme).rank for text in texts]
@@ -389,7 +389,7 @@ def test_what_cannot_be_read_pays_nothing_even_where_the_window_was_already_best
     ("<think> t <answer> [2] > [5] > [3] > [1] > [4] </answer>", "ok"),
     ("<think> a </think> <think> b <answer> [2] > [5] > [3] > [1] > [4] </answer>", "ok")])
 def test_users_get_an_order_from_texts_that_the_reward_does_not_read(text, status):
-    """Lenient for inference, strict for training: no tags, or open reasoning, must not be worth learning."""
+    """Inference is lenient, the reward is strict: it must not teach to omit tags or to leave <think> open."""
     assert read(text, 5) == (status, [2, 5, 3, 1, 4])
     assert score_response(text, LABELS) == Score(0.0, 0.0, 0.0, 0.0, ndcg(LABELS))
 
@@ -459,8 +459,13 @@ def test_an_unknown_scheme_is_refused_even_for_a_response_that_cannot_be_read():
 
 
 def test_the_same_text_is_read_alike_by_reward_and_inference_wherever_the_reward_reads_it():
-    for ids in itertools.permutations([1, 2, 3], 2):  # incomplete lists: the two could mend them differently
+    for ids in itertools.permutations([1, 2, 3], 2):  # incomplete: the two could complete them differently
         text, labels = answer(ids), [0, 1, 3]
         ranking = parse_ranking(text, 3)
         assert ranking == Ranking([i - 1 for i in ids] + [({1, 2, 3} - set(ids)).pop() - 1], "repaired")
         assert score_response(text, labels).ndcg == ndcg([labels[i] for i in ranking.order])
+
+
+def test_passages_that_a_response_names_come_first_and_are_counted():
+    assert parse_ranking("<answer> [0] > [3] > [3] > [9] > [1] </answer>", 5).named == 2
+    assert parse_ranking("<answer> [2] > [1] </answer>", 2).named == 2 and parse_ranking("", 3).named == 0

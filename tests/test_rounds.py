@@ -1,4 +1,4 @@
-"""Many lists at once, round by round: each is ranked as it would be by itself."""
+"""Many lists are ranked in shared batches, round by round. Each gets the order that it would get alone."""
 
 import pytest
 from conftest import perfect, words_in_order
@@ -63,4 +63,7 @@ def test_the_windows_of_a_round_have_random_numbers_of_their_own(toy, monkeypatc
     assert [len(of_windows) for of_windows in seeds] == [1, 2] and len({*sum(seeds, [])}) == 3
     top, seeds[:] = seeds[0], []
     Reranker(toy, "toy", window=4, stride=2).rank("rain", [*"abcd"])
-    assert seeds == [top]  # of the first window, as without rounds
+    assert seeds == [top]  # the first window has the same seeds in both algorithms
+    seeds[:] = []
+    Reranker(toy, "toy", window=4, stride=2, samples=3, shuffle=True).rank("rain", [*"abcd"])
+    assert len({*seeds[0]}) == 3 and seeds[0][0] == top[0]  # one seed per answer
