@@ -5,9 +5,8 @@
     python eval.py QRELS BM25 RERANKED ...         a table: means, 95 % intervals, tests against the first run
     python eval.py --bright RUNS_FOLDER            BRIGHT's headline: NDCG@10 of the splits and their mean
 
-The paper's tables show ndcg_cut_10 x 100. How it works: `Query` sorts one query's documents and notes the
-ranks of those with a judgement. Each measure is then a few lines. Sums are plain and in trec_eval's order (by
-rank, then by query), so that the last digit is the same.
+The paper's tables show ndcg_cut_10 x 100. `Query` sorts one query's documents and notes the ranks of those
+with a judgement. Each measure is then a few lines. Sums are in trec_eval's order: their last digit is equal.
 """
 
 from __future__ import annotations
@@ -20,11 +19,12 @@ import numbers
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from data import BRIGHT_SPLITS, bright_file, read_excluded
-from support.cli import InputError, command_line, run_main, setting
+from support.cli import InputError, command_line, refuse, run_main, setting
 from support.download import cache_folder
 from support.files import read_qrels, read_run, read_trec
 from support.streams import UTF8
@@ -81,10 +81,8 @@ class Query:
 
     def normalized_dcg(self, k: int) -> float:
         """The sum of label / log2(1 + rank) over the first k, divided by that of the best possible ranking.
-
         The gain is the label itself, whatever `level` is. The best ranking has all judged documents,
-        retrieved or not. (This is reward.ndcg for a list in which some documents have no label.)
-        """
+        retrieved or not. (This is reward.ndcg for a list in which some documents have no label.)"""
         def dcg(pairs):
             return plain_sum(label / math.log2(1 + rank) for rank, label in pairs if rank <= k and label > 0)
 
@@ -126,18 +124,16 @@ def did_you_mean(name: str) -> str:
 
 
 def parse_measures(names: Sequence[str], merge: bool = True) -> dict[str, list[int]]:
-    """{measure: its cutoffs, rising} in trec_eval's order, from names like "ndcg_cut.5,10".
-
-    Of several lists of cutoffs for a measure trec_eval uses the first; `merge` unites them. InputError.
-    """
+    """{measure: its cutoffs, rising} in trec_eval's order, from names like "ndcg_cut.5,10". InputError.
+    Of several lists of cutoffs for a measure trec_eval uses the first; `merge` unites them."""
     lists: dict[str, list[list[int]]] = {}
     for name in names:
+        if re.search(r"\S[,\s]+[A-Za-z]", name):
+            raise InputError(f"measure {name!r}: each measure needs its own -m")
         measure, point, text = name.partition(".")
-        if measure not in MEASURES:
+        if measure not in MEASURES or point and not MEASURES[measure][1]:
             hint = did_you_mean(name) or f": expected {' '.join(MEASURES)}"
             raise InputError(f"unknown measure {name!r}{hint}")
-        if point and not MEASURES[measure][1]:
-            raise InputError(f"measure {name!r}{did_you_mean(name)}")
         is_list = re.fullmatch(r"0*[1-9][0-9]{0,8}(,0*[1-9][0-9]{0,8})*", text)
         cutoffs = [int(cut) for cut in text.split(",")] if is_list else []
         if point and not is_list or len(set(cutoffs)) < len(cutoffs):
@@ -190,9 +186,7 @@ def evaluate(qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]],
 def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 10_000,
                        level: float = 0.95) -> tuple[float, float, float]:
     """(mean, low, high): the mean and its bootstrap interval. ValueError without values.
-
-    A share `level` of the samples drawn from the values with replacement has its mean there (Efron).
-    """
+    A share `level` of the samples drawn from the values with replacement has its mean there (Efron)."""
     values = np.asarray(values, float)
     if not len(values):
         raise ValueError("expected at least one value")
@@ -206,11 +200,9 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 
 def randomisation_test(deltas: Sequence[float], seed: int = 0, samples: int = 10_000,
                        exact: int = 16) -> float:
     """Two-sided p-value of paired differences, by Fisher's randomisation test.
-
     If the runs were alike, each difference could as well have the other sign. p is the share of sign patterns
     whose sum is at least as far from 0 as the observed one: among all 2^n for at most `exact` differences
-    that are not 0, else among `samples` random patterns and the observed one (so that p is never 0).
-    """
+    that are not 0, else among `samples` random patterns and the observed one (so that p is never 0)."""
     deltas = np.asarray(deltas, float)
     deltas = deltas[deltas != 0]
     n, seen = len(deltas), abs(deltas.sum()) - 1e-12 * abs(deltas).sum()  # equal sums may differ by rounding
@@ -251,24 +243,22 @@ class EvalSettings:
 def evaluate_file(qrels: dict[bytes, dict[bytes, int]], path: str, measures: dict[str, list[int]],
                   settings: EvalSettings) -> dict:
     """{"run": path, "queries": {qid: {name: value}} in byte order, "totals": the "all" lines' values,
-    "judged": its judged_10}. InputError if the run has no query in common with the judgements."""
+    "judged": {qid: judged_10}}. InputError if the run has no query in common with the judgements."""
     judged = judge(qrels, read_trec(path, "run"), settings.level)
     if not judged:
         raise InputError(f"{path}: no query in common with {settings.judgements}")
     queries = measure_all(judged, measures)
     num_q = len(qrels) if settings.complete else len(queries)
-    totals = {}
-    for name in next(iter(queries.values())):
-        total = plain_sum(row[name] for row in queries.values())
-        totals[name] = total if name in COUNTS else total / num_q
+    sums = {name: plain_sum(row[name] for row in queries.values()) for name in next(iter(queries.values()))}
+    totals = {name: total if name in COUNTS else total / num_q for name, total in sums.items()}
     if settings.complete:  # trec_eval then counts the relevant documents of any level
         num_rel = sum(label > 0 for labels in qrels.values() for label in labels.values())
         counts = {"num_q": num_q, "num_rel": num_rel}
         totals = {name: counts.get(name, value) for name, value in totals.items()}
     for row in queries.values():
         row.pop("num_q", None)  # trec_eval has no line of it for a query
-    mean_judged = plain_sum(query.judged(10) for query in judged.values()) / len(judged)
-    return {"run": path, "queries": queries, "totals": totals, "judged": mean_judged}
+    shares = {qid.decode(*UTF8): query.judged(10) for qid, query in judged.items()}
+    return {"run": path, "queries": queries, "totals": totals, "judged": shares}
 
 
 def trec_lines(result: dict, queries: bool) -> str:
@@ -279,18 +269,19 @@ def trec_lines(result: dict, queries: bool) -> str:
 
 
 def warn(results: list[dict], num_q: int, complete: bool) -> None:
-    """Say on stderr why the means of these runs may not compare. `num_q`: queries with judgements."""
+    """Report on stderr which queries are missing and whether judged_10 differs. `num_q`: judged queries."""
     lacking = [result for result in results if len(result["queries"]) < num_q and not complete]
     lines = [f"{result['run']} lacks {num_q - len(result['queries'])} of {num_q} judged queries; -c counts "
              "them as 0" for result in lacking]
     if len({tuple(result["queries"]) for result in lacking}) > 1:
         lines.append("they lack different queries: their means do not compare, the paired differences do")
-    shares = [result["judged"] for result in results]
+    in_all = sorted(set.intersection(*(set(result["judged"]) for result in results)))
+    shares = [share(plain_sum(result["judged"][qid] for qid in in_all), len(in_all)) for result in results]
     if round(max(shares) - min(shares), 9) > 0.05:
-        named = ", ".join(f"{result['run']} {result['judged']:.2f}" for result in results)
-        lines.append(f"judged_10 differs: {named}; documents without a judgement count as not relevant")
-    for line in lines:
-        print(line, file=sys.stderr)
+        named = ", ".join(f"{result['run']} {value:.2f}" for result, value in zip(results, shares))
+        over = f" over the {len(in_all)} queries that all runs have" if len(in_all) < num_q else ""
+        lines.append(f"judged_10 differs{over}: {named}; documents without a judgement count as not relevant")
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
 def progress(items, name: str):
@@ -375,20 +366,29 @@ def bright_table(settings: EvalSettings) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     settings = command_line(EvalSettings, argv, __doc__, "eval.py")
-    if bool(settings.bright) == bool(settings.runs) or not settings.bright and settings.qrels:
+    if bool(settings.bright) == bool(settings.judgements):
         raise InputError("expected QRELS and at least one RUN, or --bright RUNS_FOLDER (with --qrels FOLDER)")
     if settings.bright:
+        for name, flag in (("measure", "-m"), ("queries", "-q"), ("complete", "-c"), ("level", "-l")):
+            refuse(settings, [name], f"({flag}) has no effect with --bright")
+        refuse(settings, ["seed", "json"], "has no effect with --bright")
         return bright_table(settings)
+    refuse(settings, ["qrels", "fixed", "exclude"], "has no effect without --bright")
+    for path in (settings.judgements, *settings.runs):  # in `-m map judged.10` the second is read as a file
+        if (hint := did_you_mean(path)) and not Path(path).exists():
+            raise InputError(f"{path}: no such file; each measure needs its own -m{hint}")
+    if not settings.runs:
+        raise InputError("expected a RUN after QRELS")
     if hasattr(sys.stdout, "reconfigure"):  # ids are bytes, in whatever encoding
         sys.stdout.reconfigure(encoding=UTF8[0], errors=UTF8[1])
     measures = parse_measures(settings.measure or DEFAULT, merge=False)
     qrels = read_trec(settings.judgements, "qrels")
     runs = settings.runs if len(settings.runs) == 1 else progress(settings.runs, "reading")
     results = [evaluate_file(qrels, path, measures, settings) for path in runs]
+    warn(results, len(qrels), settings.complete)
     if len(results) == 1 and not settings.json:
         sys.stdout.write(trec_lines(results[0], settings.queries))
         return
-    warn(results, len(qrels), settings.complete)
     rows = compare(results, [qid.decode(*UTF8) for qid in sorted(qrels)], settings)
     table = json.dumps({"qrels": settings.judgements, "runs": rows}, indent=1) + "\n"
     sys.stdout.write(table if settings.json else table_lines(rows))

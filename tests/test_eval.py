@@ -1,4 +1,4 @@
-"""eval.py: trec_eval's numbers to the last digit, its output to the last byte, statistics checked by hand."""
+"""eval.py: exactly the numbers and the output of trec_eval, and statistics checked by hand."""
 
 import gzip
 import itertools
@@ -43,7 +43,7 @@ CUT = ["P.1,3,7", "recall.1,2,50", "ndcg_cut.1,3,4", "map_cut.2,3", "success.3"]
 
 
 def generated_case(rng: random.Random) -> tuple[dict, dict]:
-    """Judgements and a run: ties, missing queries, negative and unjudged documents, float32 scores."""
+    """Random judgements and a run, with ties, missing queries, negative labels and unjudged documents."""
     starts = ["d", "é", "msmarco_passage_0", "Z", "中", "x.", "longer-than-two-words-"]
     pool = [rng.choice(starts) + str(rng.randrange(30)) for _ in range(40)]
     qrels, run = {}, {}
@@ -53,7 +53,7 @@ def generated_case(rng: random.Random) -> tuple[dict, dict]:
                 docid: rng.choice([-2, -1, 0, 0, 1, 1, 2, 3, 5])
                 for docid in rng.sample(pool, rng.randrange(1, 40))
             }
-            qrels[qid][rng.choice(pool)] = 0  # trec_eval reads stray memory where all labels are negative
+            qrels[qid][rng.choice(pool)] = 0  # trec_eval reads wrong memory if all labels are negative
         if rng.random() < 0.9:
             docids = rng.sample(pool, rng.randrange(1, 40))
             scores = [rng.choice([rng.uniform(-3, 3), rng.randrange(4), -0.0]) for _ in docids]
@@ -62,7 +62,7 @@ def generated_case(rng: random.Random) -> tuple[dict, dict]:
 
 
 def of_pytrec_eval(qrels: dict, run: dict, measures: list[str], level: int) -> dict:
-    """One measure family a call: pytrec_eval keeps one list of cutoffs for each."""
+    """pytrec_eval's {qid: {measure: value}}. Name a measure once: it keeps one list of cutoffs for each."""
     if not set(qrels) & set(run):
         return {}
     return pytrec_eval.RelevanceEvaluator(qrels, set(measures), relevance_level=level).evaluate(run)
@@ -80,7 +80,10 @@ def test_every_measure_equals_pytrec_eval_on_two_thousand_cases(measures):
 
 
 def of_ir_measures(qrels: dict, run: dict, k: int) -> dict:
-    """Judged@k as in its 0.4.3: any label is a judgement; divided by the documents there are, at most k."""
+    """Judged@k per query, as ir_measures 0.4.3 computes it: the share of judged documents among the first k.
+
+    Any label is a judgement. A list shorter than k is divided by its length.
+    """
     shares = {}
     for qid in set(qrels) & set(run):
         top = sorted(run[qid], key=lambda docid: (run[qid][docid], docid.encode()), reverse=True)[:k]
@@ -106,7 +109,7 @@ def test_the_judged_share_equals_that_of_the_package_ir_measures():
     rng, compared = random.Random(6), 0
     for _ in range(100):
         qrels, run = generated_case(rng)
-        for scores in run.values():  # the package breaks ties by rising docid
+        for scores in run.values():  # avoid ties: the package sorts them by ascending docid
             scores.update({docid: float(n) for n, docid in enumerate(scores)})
         theirs = {(m.query_id, str(m.measure)): m.value
                   for m in package.iter_calc([package.Judged @ 3, package.Judged @ 10], qrels, run)}
@@ -121,7 +124,7 @@ def test_the_judged_share_equals_that_of_the_package_ir_measures():
 
 
 def write_messy(path: Path, qrels: dict, run: dict, rng: random.Random) -> tuple[str, str]:
-    """The same as files: queries interleaved, tabs, blanks, comments, CRLF, blank lines, wrong ranks."""
+    """Write both as untidy files: interleaved queries, tabs, comments, CRLF, blank lines, wrong ranks."""
     judged = [f"{qid} 0 {docid} {label}" for qid, labels in qrels.items() for docid, label in labels.items()]
     found = [
         f"{qid} Q0 {docid} {rng.randrange(99)} {score!r} tag"
@@ -147,13 +150,13 @@ def command(*arguments) -> subprocess.CompletedProcess:
 
 
 def printed(capsysbinary, *arguments) -> bytes:
-    """What main prints (the same process: 20 times faster)."""
+    """Run main in this process (20 times faster than in a new one). Returns its output."""
     trec.main([*map(str, arguments)])
     return capsysbinary.readouterr().out
 
 
 def expected_output(qrels, run, measures, level=1, queries=False, complete=False) -> bytes:
-    """What trec_eval prints, from pytrec_eval's values and trec_eval's documented rules."""
+    """The output of trec_eval, made from pytrec_eval's values by trec_eval's documented rules."""
     theirs = of_pytrec_eval(qrels, run, measures, level)
     qids = sorted(theirs, key=str.encode)
     by_cutoff = sorted(
@@ -211,7 +214,7 @@ def files(path: Path, qrels: str, run: str) -> tuple[Path, Path]:
 
 
 def test_equal_scores_are_ordered_by_docid_descending_in_bytes(tmp_path, capsysbinary):
-    # In UTF-8 bytes z < é < 中; the rank column, which says the opposite, is ignored, and 10 is before 9.
+    # In UTF-8 bytes z < é < 中 and 10 < 9. The rank column says the opposite and is ignored.
     judged = files(
         tmp_path,
         "1 0 中 1\n2 0 9 1\n3 0 é 1\n",
@@ -250,7 +253,7 @@ def test_scores_are_compared_as_float64(tmp_path, capsysbinary):
 
 
 def test_one_query_from_end_to_end(tmp_path, capsysbinary):
-    """NDCG@3 by hand: labels 1, 0, 3 in ranked order; the best ranking of the judged has 3, 2, 1."""
+    """NDCG@3 by hand: the run has labels 1, 0, 3; the ideal ranking of the judged documents has 3, 2, 1."""
     judged = files(
         tmp_path,
         "q 0 a 3\nq 0 b 2\nq 0 c 1\nq 0 d 0\n",
@@ -261,14 +264,14 @@ def test_one_query_from_end_to_end(tmp_path, capsysbinary):
         printed(capsysbinary, *judged, "-m", "ndcg_cut.3")
         == f"{'ndcg_cut_3':22s}\tall\t{dcg / ideal:6.4f}\n".encode()
     )
-    # map: relevant at ranks 1 and 3 of 3 relevant. bpref: N = 1 nonrelevant stands above the second only.
+    # map: relevant at ranks 1 and 3, of 3 relevant. bpref: the only nonrelevant one is above the second.
     assert printed(capsysbinary, *judged, "-m", "map", "-m", "bpref", "-m", "num_rel").split()[2::3] == [
         b"3",
         b"0.5556",
         b"0.3333",
     ]
     strict = printed(capsysbinary, *judged, "-m", "num_rel_ret", "-l", 2, "-m", "ndcg_cut.3").split()
-    assert strict[2::3] == [b"1", f"{dcg / ideal:.4f}".encode()], "the level is not for ndcg"
+    assert strict[2::3] == [b"1", f"{dcg / ideal:.4f}".encode()], "the relevance level must not change ndcg"
 
 
 def test_missing_queries_are_skipped_or_count_as_zero(tmp_path, capsysbinary):
@@ -276,7 +279,7 @@ def test_missing_queries_are_skipped_or_count_as_zero(tmp_path, capsysbinary):
     numbers = ("-m", "num_q", "-m", "num_rel", "-m", "P.1", "-m", "num_ret")
     assert printed(capsysbinary, *judged, *numbers).split()[2::3] == [b"1", b"1", b"2", b"1.0000"]
     assert printed(capsysbinary, *judged, *numbers, "-c").split()[2::3] == [b"3", b"1", b"3", b"0.3333"]
-    # trec_eval's num_rel of all queries does not ask for the level
+    # With -c, trec_eval's num_rel ignores the relevance level.
     assert printed(capsysbinary, *judged, *numbers, "-c", "-l2").split()[2::3] == [
         b"3",
         b"1",
@@ -310,7 +313,7 @@ def test_measures_are_named_as_trec_eval_takes_them(capsys):
     assert parse_measures(["success", "P.10,5", "map"]) == {"map": [], "P": [5, 10], "success": [1, 5, 10]}
     assert parse_measures(["P.7,5", "P.100", "P"])["P"] == [5, 7, 10, 15, 20, 30, 100, 200, 500, 1000]
     assert not capsys.readouterr().err
-    # trec_eval itself keeps only the first list, sometimes to its user's surprise
+    # trec_eval itself keeps only the first list of cutoffs, which can surprise its users
     assert (
         parse_measures(["P.7,5", "P.100", "P"], merge=False) == {"P": [5, 7]}
         and "only the first" in capsys.readouterr().err
@@ -365,7 +368,7 @@ def test_a_measure_s_other_names_are_answered_with_the_right_one(name, meant):
     with pytest.raises(InputError) as error:
         parse_measures([name])
     assert str(error.value).endswith(f"measure {name!r}: did you mean -m {meant}?")
-    parse_measures([meant.split(",")[0]])  # and that one is taken
+    parse_measures([meant.split(",")[0]])  # the suggested name is accepted
 
 
 def test_every_name_that_is_printed_is_answered_with_the_one_that_is_taken():
@@ -375,6 +378,25 @@ def test_every_name_that_is_printed_is_answered_with_the_one_that_is_taken():
                 parse_measures([f"{measure}_7"])
     with pytest.raises(InputError, match="unknown measure 'ERR@20': expected num_q .* success judged$"):
         parse_measures(["ERR@20"])
+
+
+@pytest.mark.parametrize("arguments", ["QRELS RUN -m ndcg_cut.10 judged.10", "QRELS RUN -m map nDCG@10",
+                                       "-m map P.10 QRELS RUN", "QRELS -m map judged.10",
+                                       "QRELS RUN -m ndcg_cut.10,judged.10", "QRELS RUN -m map,P.5,10",
+                                       "QRELS RUN -m ndcg_cut.10, judged.10"])
+def test_measures_that_share_one_m_are_answered_with_how_to_repeat_it(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    files(tmp_path, "1 0 a 1\n", "1 Q0 a 1 1 t\n")
+    with pytest.raises(InputError, match="each measure needs its own -m") as error:
+        trec.main(arguments.replace("QRELS", "qrels").replace("RUN", "run").split())
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_may_be_called_like_a_measure(tmp_path, monkeypatch, capsysbinary):
+    judged, found = files(tmp_path, "1 0 a 1\n", "1 Q0 a 1 1 t\n")
+    found.rename(tmp_path / "judged.10")
+    monkeypatch.chdir(tmp_path)
+    assert printed(capsysbinary, judged, "-m", "map", "judged.10").endswith(b"all\t1.0000\n")
 
 
 @pytest.mark.parametrize(
@@ -462,17 +484,17 @@ def test_the_ideal_order_has_ndcg_1_and_no_order_has_more(labels, k):
 @pytest.mark.parametrize(
     "deltas, p",
     [
-        ([0.1] * 5, 2 / 32),  # only all + and all - are as far out
+        ([0.1] * 5, 2 / 32),  # only all + and all - have a sum as large
         ([1, 2, 3], 2 / 8),
-        ([3, 1, -1], 6 / 8),  # 3 + 1 + 1, 3 + 1 - 1 (twice), and their opposites
-        ([0.1, 0.2, -0.3], 1.0),  # the sum is 5.6e-17, not 0: rounding must not decide
+        ([3, 1, -1], 6 / 8),  # 3 + 1 + 1, 3 + 1 - 1 (twice), and all with flipped signs
+        ([0.1, 0.2, -0.3], 1.0),  # the sum is 5.6e-17, not 0: rounding must not change p
         ([0.5, 0, 0, 0], 1.0),
         ([0.0, 0.0], 1.0),
         ([], 1.0),
         (
             [0.41, 0.91, 0.04, 0.82, 0.42, 0.83, 0.01, 0.37, 0.08],
             2 / 512,
-        ),  # all +, but another order of adding gives another last bit
+        ),  # all +; another order of summation changes the last bit
     ],
 )
 def test_p_values_of_known_cases(deltas, p):
@@ -483,7 +505,7 @@ def test_p_values_of_known_cases(deltas, p):
     assert p == pytest.approx(np.mean([total >= abs(sum(deltas)) - 1e-12 for total in by_hand]))
     assert randomisation_test(deltas) == pytest.approx(p)
     assert randomisation_test([*deltas, *[0.0] * 40]) == pytest.approx(p), (
-        "queries without a difference say nothing either way"
+        "queries without a difference must not change p"
     )
 
 
@@ -494,7 +516,7 @@ def test_random_sign_flips_agree_with_all_of_them():
         exact, sampled = randomisation_test(deltas), randomisation_test(deltas, exact=0, samples=20_000)
         assert abs(exact - sampled) < 0.015 and sampled == randomisation_test(deltas, exact=0, samples=20_000)
     assert randomisation_test([0.1] * 40, samples=999) == 1 / 1000, (
-        "the order seen is one of the patterns: p is never 0"
+        "the observed signs are one of the patterns: p is never 0"
     )
 
 
@@ -521,7 +543,7 @@ def test_the_bootstrap_interval_is_the_normal_one_for_many_values():
 
 
 def three_runs(path: Path) -> list[Path]:
-    """Judgements; runs: the relevant document at rank 2; at rank 1; at rank 1, without the last query."""
+    """Paths of judgements and three runs: relevant at rank 2; at rank 1; at rank 1 without the last query."""
 
     def lines(rank_of_relevant, queries):
         order = ["x", "r"] if rank_of_relevant == 2 else ["r", "x"]
@@ -575,7 +597,7 @@ def test_several_runs_show_on_a_terminal_that_they_are_at_work_and_stdout_stays_
         [sys.executable, str(ROOT / "eval.py"), *paths, "-c", "-m", "map"], stdout=subprocess.PIPE,
         stderr=theirs
     )
-    os.write(theirs, b"end")  # so that there is something to read
+    os.write(theirs, b"end")  # so that os.read does not wait
     said = os.read(ours, 9999)
     os.close(theirs)
     os.close(ours)
@@ -592,11 +614,20 @@ def test_a_run_that_lacks_judged_queries_is_named_beside_the_table(tmp_path, cap
     assert not capsys.readouterr().err
 
 
+def test_one_run_that_lacks_judged_queries_is_named_on_stderr_and_stdout_is_trec_evals(tmp_path, capsys):
+    qrels, first, _, short = three_runs(tmp_path)
+    for run, options, said in ((short, [], f"{short} lacks 1 of 6 judged queries; -c counts them as 0\n"),
+                               (short, ["-c"], ""), (first, [], "")):
+        trec.main([str(qrels), str(run), "-m", "num_q", *options])
+        num_q = 5 if said else 6
+        assert capsys.readouterr() == (f"{'num_q':22s}\tall\t{num_q}\n", said)
+
+
 def test_runs_that_lack_different_queries_are_said_to(tmp_path, capsys):
     qrels, first, _, short = three_runs(tmp_path)
     lines = first.read_text().splitlines(keepends=True)
     late = tmp_path / "late"
-    late.write_text("".join(lines[2:]))  # as many as `short`, but without the first query, not the last
+    late.write_text("".join(lines[2:]))  # as many queries as `short`, but without the first query
     for runs, said in (((short, late), 1), ((short, short), 0), ((first, short), 0)):
         trec.main([*map(str, (qrels, *runs)), "-m", "map"])
         assert capsys.readouterr().err.count("lack different queries: their means do not compare") == said
@@ -605,8 +636,8 @@ def test_runs_that_lack_different_queries_are_said_to(tmp_path, capsys):
 
 
 def judged_case(path: Path, *judged: int) -> list[str]:
-    """Judgements; a run of one query and 20 documents for each number: so many of its top 10 are judged."""
-    (path / "qrels").write_text("".join(f"q 0 d{n} {n % 3 - 1}\n" for n in range(10)))  # -1 is a judgement
+    """Paths of judgements and of one run per number in `judged`: so many of its top 10 are judged."""
+    (path / "qrels").write_text("".join(f"q 0 d{n} {n % 3 - 1}\n" for n in range(10)))  # -1 counts as judged
     for number in judged:
         docids = [f"d{n}" for n in range(number)] + [f"x{n}" for n in range(20 - number)]
         lines = [f"q Q0 {docid} 1 {20 - n} t\n" for n, docid in enumerate(docids)]
@@ -616,7 +647,7 @@ def judged_case(path: Path, *judged: int) -> list[str]:
 
 def test_runs_that_differ_in_their_judged_documents_are_said_to(tmp_path, capsys):
     qrels, *runs = judged_case(tmp_path, 9, 10, 4)
-    for chosen in (["-m", "map"], ["-m", "judged.5"], []):  # always at 10
+    for chosen in (["-m", "map"], ["-m", "judged.5"], []):  # the warning always uses judged_10
         trec.main([qrels, *runs, *chosen])
         out, err = capsys.readouterr()
         assert err == (
@@ -631,7 +662,7 @@ def test_runs_that_differ_in_their_judged_documents_are_said_to(tmp_path, capsys
 
 
 def test_a_difference_of_exactly_5_points_in_judged_documents_is_not_reported(tmp_path, capsys):
-    """Two queries: 9 + 6 and 9 + 5 of 10 judged. In floats 0.75 - 0.7 is more than 0.05."""
+    """Two queries with 9 and 6 of 10 documents judged, against 9 and 5. In floats 0.75 - 0.7 exceeds 0.05."""
     (tmp_path / "qrels").write_text("".join(f"q{q} 0 d{n} 1\n" for q in range(2) for n in range(10)))
     for name, counts in (("more", (9, 6)), ("less", (9, 5)), ("least", (9, 4))):
         text = ""
@@ -644,6 +675,35 @@ def test_a_difference_of_exactly_5_points_in_judged_documents_is_not_reported(tm
     assert 0.75 - 0.7 > 0.05 and not capsys.readouterr().err
     trec.main([qrels, more, least, "-m", "map"])
     assert "judged_10 differs" in capsys.readouterr().err
+
+
+def test_the_judged_documents_of_runs_are_compared_over_the_same_queries(tmp_path, capsys):
+    """10 judged queries with 10 documents each, 4 of them judged in query 0 and 8 in the others."""
+    def lines(queries, gain=0):
+        return "".join(f"q{q} Q0 {'d' if n < (8 if q else 4) + gain else 'x'}{n} 1 {10 - n} t\n"
+                       for q in queries for n in range(10))
+
+    qrels = "".join(f"q{q} 0 d{n} 1\n" for q in range(10) for n in range(10))
+    for name, text in (("qrels", qrels), ("whole", lines(range(10))), ("part", lines([0])),
+                       ("good", lines([0], gain=2)), ("other", lines([1]))):
+        (tmp_path / name).write_text(text)
+    qrels, whole, part, good, other = (str(tmp_path / n) for n in ("qrels", "whole", "part", "good", "other"))
+
+    def said(*arguments):
+        trec.main([qrels, *arguments, "-m", "judged.10"])
+        out, err = capsys.readouterr()
+        return out, [line for line in err.splitlines() if "judged_10" in line]
+
+    reason = "documents without a judgement count as not relevant"
+    assert not said(whole, part)[1], "query 0 is the same in both"
+    assert not said(part, other)[1], "no query to compare"
+    assert not said(whole, part, "-c")[1], "also with -c: queries that `part` lacks have no documents"
+    for option, of_table in (("-q", ["0.7600", "0.4000", "0.6000"]), ("-c", ["0.7600", "0.0400", "0.0600"])):
+        table, warning = said(whole, part, good, option)
+        assert warning == [f"judged_10 differs over the 1 queries that all runs have: {whole} 0.40, "
+                           f"{part} 0.40, {good} 0.60; {reason}"]
+        rows = [line.split() for line in table.splitlines() if line.startswith(str(tmp_path))]
+        assert [row[2] for row in rows] == of_table, "the table's means are over other queries"
 
 
 def test_the_table_has_a_row_for_each_run_and_differences_for_each_query(tmp_path, capsysbinary):
@@ -672,9 +732,10 @@ def test_one_run_as_json_has_the_values_of_each_query(tmp_path, capsysbinary):
 
 
 def bright_folders(path: Path) -> tuple[Path, Path]:
-    """Runs and judgements of the 12 splits, split n with n + 1 judged queries, of which the run has one.
+    """Write runs and judgements of BRIGHT's 12 splits. Returns the folders of runs and judgements.
 
-    That one has NDCG@10 1 in the first three splits and 0 in the others.
+    Split n has n + 1 judged queries. Its run has one of them, with NDCG@10 1 in the first three splits and
+    0 in the others.
     """
     runs, qrels = path / "runs", path / "qrels"
     runs.mkdir()
@@ -733,13 +794,33 @@ def test_excluded_documents_leave_brights_runs_but_not_its_judgements(tmp_path, 
     (qrels / "qrels.bright-biology.txt").write_text("0 0 x 1\n0 0 y 1\n")
     (exclude / "exclude.bright-biology.txt").write_text("0 x\n")
     trec.main(["--bright", str(runs), "--qrels", str(qrels), "--exclude", str(exclude)])
-    expected = 100 * ndcg([1], ideal=[1, 1])  # y alone is found, and x still counts as missed
+    expected = 100 * ndcg([1], ideal=[1, 1])  # only y is in the run; x counts as not found
     assert capsys.readouterr().out.split()[1] == f"{expected:.2f}"
 
 
 def test_options_may_stand_between_the_files_and_the_two_ways_of_use_do_not_mix(tmp_path, capsysbinary):
     judged = files(tmp_path, "1 0 a 1\n", "1 Q0 a 1 1 t\n")
     assert printed(capsysbinary, judged[0], "-q", "-m", "map", judged[1]).count(b"\n") == 2
-    for arguments in ([], [judged[0]], [*judged, "--bright", tmp_path], [*judged, "--qrels", tmp_path]):
+    for arguments in ([], [*judged, "--bright", tmp_path], [judged[0], "--bright", tmp_path]):
         with pytest.raises(InputError, match="expected QRELS and at least one RUN, or --bright"):
             trec.main([*map(str, arguments)])
+    with pytest.raises(InputError, match="^expected a RUN after QRELS$"):
+        trec.main([str(judged[0])])
+
+
+@pytest.mark.parametrize("option", ["--qrels=x", "--fixed", "--exclude=x"])
+def test_an_option_of_bright_is_refused_without_it(tmp_path, capsys, option):
+    judged = files(tmp_path, "1 0 a 1\n", "1 Q0 a 1 1 t\n")
+    with pytest.raises(InputError, match=f"^{option.removesuffix('=x')} has no effect without --bright$"):
+        trec.main([*map(str, judged), option])
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("typed, name", [
+    ("-mmap", "--measure (-m)"), ("-q", "--queries (-q)"), ("-c", "--complete (-c)"), ("-l2", "--level (-l)"),
+    ("--seed=1", "--seed"), ("--json", "--json")])
+def test_bright_refuses_the_options_that_it_would_ignore(tmp_path, capsys, typed, name):
+    runs, qrels = bright_folders(tmp_path)
+    with pytest.raises(InputError, match=f"^{re.escape(name)} has no effect with --bright$"):
+        trec.main(["--bright", str(runs), "--qrels", str(qrels), typed])
+    assert not capsys.readouterr().out
