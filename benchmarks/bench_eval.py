@@ -1,11 +1,12 @@
-"""eval.py beside pytrec_eval: the same files, the same five measures, whole processes, in turn.
+"""eval.py against pytrec_eval: whole processes on the same files with the same five measures, in turn.
 
     python benchmarks/bench_eval.py [--size dl19|msmarco|all] [--repeats 5] [--json]
 
-dl19 is that track's size (43 queries x 100 documents, 215 judgements each), msmarco the MS MARCO dev set's
-(6,980 x 1,000; 1 judgement). The files are made up and written to a temporary folder (260 MB). The peer reads
-them with its own parse_qrel and parse_run. Seconds are CPU seconds (user + system) from start to end of a
-process, imports included; MiB the peak above a process that only imports. Both must print the same numbers.
+dl19 has the size of that track (43 queries x 100 documents, 215 judgements per query), msmarco the size of
+the MS MARCO dev set (6,980 x 1,000; 1 judgement). The files are synthetic and written to a temporary folder
+(260 MB). pytrec_eval reads them by its own parse_qrel and parse_run. Seconds are CPU seconds (user + system)
+of a whole process, imports included. MiB is the peak above a process that only imports. Both must print the
+same numbers.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"dl19": (43, 100, 215), "msmarco": (6980, 1000, 1)}  # queries, retrieved and judged for each
+SIZES = {"dl19": (43, 100, 215), "msmarco": (6980, 1000, 1)}  # queries; retrieved and judged per query
 PEER = """
 import sys, pytrec_eval
 with open(sys.argv[1]) as file:
@@ -36,8 +37,9 @@ for name in ("map", "recip_rank", "P_10", "recall_100", "ndcg_cut_10"):
 
 
 def write_files(folder: Path, queries: int, retrieved: int, judged: int) -> None:
-    """A run whose scores fall like BM25's (as float32, which is what the peer holds), and judgements of
-    retrieved and other documents.
+    """Write a run with scores like BM25's, and judgements of retrieved and other documents.
+
+    Scores are float32 numbers, since pytrec_eval stores float32.
     """
     rng = np.random.default_rng(0)
     with (open(folder / "run", "w", encoding="utf-8") as run,
@@ -55,7 +57,7 @@ def write_files(folder: Path, queries: int, retrieved: int, judged: int) -> None
 
 
 def measure(command: list[str]) -> tuple[float, float, float, bytes]:
-    """A child process's (CPU seconds, seconds, peak MiB, output)."""
+    """Run a child process. Returns its (CPU seconds, seconds, peak MiB, output)."""
     started = time.perf_counter()
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE) as child:
         output = child.stdout.read()
@@ -67,12 +69,12 @@ def measure(command: list[str]) -> tuple[float, float, float, bytes]:
 
 
 def compare(size: str, repeats: int) -> dict:
-    """Pairs of processes in turn; medians, and the median of the pairs' ratios."""
+    """Run pairs of processes in turn. Returns medians, and the median of the pairs' ratios."""
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), *SIZES[size])
         files = [f"{folder}/qrels", f"{folder}/run"]
         ours, peer = ([str(ROOT / "eval.py"), *files], ["-c", PEER, *files])
-        measure(ours), measure(peer)  # the first ones also read files and bytecode into memory
+        measure(ours), measure(peer)  # warm-up: loads files and bytecode into memory
         pairs = [(measure(ours), measure(peer)) for _ in range(repeats)]
     if any(one[3] != other[3] for one, other in pairs):
         raise SystemExit(f"the numbers differ:\n{pairs[0][0][3].decode()}{pairs[0][1][3].decode()}")

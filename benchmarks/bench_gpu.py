@@ -1,16 +1,22 @@
-"""Decoding, a GRPO step and what fits, on a GPU: Qwen2.5's shapes with random weights in bfloat16.
+"""Decoding, a GRPO step and the largest group that fits, on a GPU.
+
+The models have Qwen2.5's shapes and random weights in bfloat16.
 
     python benchmarks/bench_gpu.py        (0.5B, 1.5B and 7B; 2,200 prompt tokens, G = 32, 512 new tokens)
     python benchmarks/bench_gpu.py --sizes test --device cpu --prompt 60 --new 20 --group-size 4
-                                          (the same road in seconds, on any machine)
+                                          (tests the script in seconds, on any machine)
 
-Decoding: tokens per second after the prompt is encoded, as a share of the limit: the bytes that a step must
-read (weights, the prompt's keys and values once, the answers' own) over the bandwidth measured by a copy.
-Beside it, run in turn: transformers' generate(num_return_sequences=G). It is the best case of one group whose
-answers are all equally long. Step: sampling and update with their peak memory; where weights, gradients and
-moments exceed the card, the optimizer's state is in host memory (7B: 114 GiB of it). Fits: the largest group
-whose answers fit at each length, by trying. Where a command may only run for some minutes, name one size and
-part at a time: --sizes 7B --parts step --repeats 2.
+Decoding: tokens per second after the prompt is encoded, also as a share of the limit. The limit comes from
+the bytes that a step must read (weights, the prompt's keys and values once, the answers' own) and the
+bandwidth of a copy. transformers' generate(num_return_sequences=G) runs in turn with it, in generate's best
+case: one group whose answers are all equally long.
+
+Step: sampling and update, with their peak memory. If weights, gradients and moments exceed the card, the
+optimizer's state is in host memory (7B: 114 GiB).
+
+Fits: the largest group whose answers fit, for each length, found by trying.
+
+If a command may run for a few minutes only, name one size and one part: --sizes 7B --parts step --repeats 2.
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ from support.optimizer import MasterAdamW
 
 
 def shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict:
-    """A Qwen2 configuration in the words of Qwen2Config."""
+    """Arguments of Qwen2Config for a model of this shape."""
     return dict(
         hidden_size=hidden,
         intermediate_size=inner,
@@ -63,29 +69,29 @@ class Settings:
 
     sizes: list[str] = setting(lambda: ["0.5B", "1.5B", "7B"], "Shapes.", nargs="+", choices=tuple(SHAPES))
     parts: list[str] = setting(
-        lambda: ["sample", "step", "fits"], "What to measure.", nargs="+", choices=("sample", "step", "fits")
+        lambda: ["sample", "step", "fits"], "Parts to measure.", nargs="+", choices=("sample", "step", "fits")
     )
     prompt: int = setting(2200, "Prompt tokens.", minimum=1)
-    new: int = setting(512, "New tokens an answer.", minimum=2)
-    group_size: int = setting(32, "Answers to a prompt.", minimum=2)
-    prompts: int = setting(1, "Prompts in a step.", minimum=1)
-    repeats: int = setting(5, "Runs in turn; medians count.", minimum=1)
-    microbatch_tokens: int = setting(8192, "Padded answer tokens in a micro-batch of the update.", minimum=1)
+    new: int = setting(512, "New tokens per answer.", minimum=2)
+    group_size: int = setting(32, "Answers per prompt.", minimum=2)
+    prompts: int = setting(1, "Prompts per step.", minimum=1)
+    repeats: int = setting(5, "Runs in turn; medians are reported.", minimum=1)
+    microbatch_tokens: int = setting(8192, "Padded answer tokens per micro-batch of the update.", minimum=1)
     checkpointing: bool = setting(True, "Recompute activations in the update's backward pass.")
     offload: str = setting(
         "auto",
-        "Optimizer state in host memory; auto: where the card cannot hold it.",
+        "Optimizer state in host memory; auto: if the card cannot hold it.",
         choices=("auto", "yes", "no"),
     )
     lengths: list[int] = setting(
         lambda: [512, 1024, 2048], "Answer lengths to find the largest group for.", nargs="+", type=int
     )
     device: str = setting("auto", "cuda, cpu or auto.")
-    json: bool = setting(False, "Print one JSON line a measure instead of the table.")
+    json: bool = setting(False, "Print one JSON line per measure instead of the table.")
 
 
 def build(size: str, device: torch.device) -> torch.nn.Module:
-    """A model of this shape with random weights, on the device, from which any earlier one is gone."""
+    """A model of this shape with random weights on the device. First frees the memory of an earlier model."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -99,7 +105,7 @@ def build(size: str, device: torch.device) -> torch.nn.Module:
 
 
 class Measure:
-    """Seconds, peak GPU memory over the baseline and in all (MiB; 0 on a CPU) of what runs inside."""
+    """Measures a `with` block: seconds, peak GPU memory over the baseline and in total (MiB; 0 on a CPU)."""
 
     def __enter__(self):
         self.base = 0
@@ -131,7 +137,7 @@ def bandwidth(device: torch.device) -> float:
 
 
 def bytes_per_step(model, settings: Settings) -> float:
-    """Bytes a decoding step must read: weights, the prompt's cache once, on average half of the answers'."""
+    """Bytes that a decoding step must read: weights, the prompt's cache, half of the answers' on average."""
     config, size = model.config, model.dtype.itemsize
     looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
     weights = sum(p.numel() for p in model.parameters()) - looked_up
@@ -146,7 +152,7 @@ def bytes_per_step(model, settings: Settings) -> float:
 
 
 def bench_sample(size: str, settings: Settings, device: torch.device) -> list[dict]:
-    """Decoding beside generate; nothing ends an answer before its last token."""
+    """Measure decoding against generate. All answers have the full length."""
     model = build(size, device)
     prompt = torch.randint(
         1, model.config.vocab_size, (1, settings.prompt), generator=torch.Generator().manual_seed(0)
@@ -175,7 +181,7 @@ def bench_sample(size: str, settings: Settings, device: torch.device) -> list[di
     median = statistics.median
     decode = {
         name: (median(whole[name]) - median(first[name])) / (settings.new - 1) for name in sides
-    }  # seconds a step
+    }  # seconds per step
     limit = bytes_per_step(model, settings) / bandwidth(device)
     return [
         {
@@ -199,9 +205,9 @@ def bench_sample(size: str, settings: Settings, device: torch.device) -> list[di
 
 
 def bench_step(size: str, settings: Settings, device: torch.device) -> list[dict]:
-    """Whole steps without a reference model: sampling, then the update with master weights and moments.
+    """Measure steps without a reference model: sampling, then the update with master weights and moments.
 
-    Medians, without the first step.
+    Returns medians over all steps but the first.
     """
     model = build(size, device)
     state = 16 * model.num_parameters()  # float32 gradient sums, masters and two moments
@@ -253,7 +259,7 @@ def bench_step(size: str, settings: Settings, device: torch.device) -> list[dict
 def fits(model, settings: Settings, group_size: int, length: int) -> float | None:
     """Peak memory in GB (1e9, weights included) at the last step of `group_size` answers of `length` tokens.
 
-    It is what the allocator held; None where that is too much.
+    Counts the memory that the allocator held. None if it runs out of memory.
     """
     prompt = torch.randint(1, model.config.vocab_size, (1, settings.prompt)).tolist()
     try:
@@ -268,9 +274,9 @@ def fits(model, settings: Settings, group_size: int, length: int) -> float | Non
 
 
 def bench_fits(size: str, settings: Settings, device: torch.device) -> list[dict]:
-    """The largest group, in doublings, that fits in 80 GB and on this card, for each length.
+    """Find the largest group that fits in 80 GB and on this card, for each length, by doubling the group.
 
-    (Micro-batches bound the update.)
+    Only sampling is tried, since micro-batches bound the memory of the update.
     """
     model, rows = build(size, device), []
     for length in settings.lengths:
@@ -320,7 +326,7 @@ def line(row: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure what the command line asks for and print it."""
+    """Run the selected measurements and print them."""
     settings = command_line(Settings, argv, __doc__)
     device = pick_device(settings.device)
     if device.type != "cuda" and (device.type != "cpu" or set(settings.sizes) != {"test"}):

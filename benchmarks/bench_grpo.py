@@ -1,15 +1,16 @@
-"""Sampling and a full GRPO step beside transformers' generate and trl.GRPOTrainer, in one process, in turn.
+"""Sampling against transformers' generate, and a full GRPO step against trl.GRPOTrainer.
 
     python benchmarks/bench_grpo.py --size tiny    (about 3 minutes on 2 cores)
     python benchmarks/bench_grpo.py --size small   (about an hour on 2 cores)
     python benchmarks/bench_grpo.py --only tricks  (each trick against the code without it; --size small too)
 
-Same model, same prompts, same group size, same reward (a function of the ids, not of a text). Each side cuts
-its update as it comes: TRL takes the whole group as one batch of `per_device_train_batch_size` (smaller ones
-need less memory and accumulate), ours micro-batches of 384 answer tokens. Ratios are peer / ours, the median
-over pairs run in turn; memory is the peak over what a fresh process held before the call, what torch
-allocates for itself in a first call included. Beside each ratio stands the estimated limit: the bytes and
-FLOPs that cannot be done without, over what this machine reaches in a plain sum and a plain matrix product.
+Both sides run in turn in one process, with the same model, prompts, group size and reward (a function of the
+ids, not of a text). TRL takes the whole group as one batch of `per_device_train_batch_size` (a smaller one
+needs less memory and accumulates gradients). Ours takes micro-batches of 384 answer tokens.
+
+Ratios are peer / ours, the median over pairs. Memory is the peak of a first call in a fresh process, over
+the memory before the call; torch's own allocations are included. The limit is an estimate: the necessary
+bytes and FLOPs over this machine's rates in a plain sum and a plain matrix product.
 """
 
 from __future__ import annotations
@@ -47,26 +48,26 @@ from toy import TOY
 class Settings:
     """Settings of the benchmark."""
 
-    size: str = setting("tiny", "Which model and lengths.", choices=("tiny", "small"))
-    repeats: int = setting(5, "Pairs of runs; the median counts.", minimum=1)
-    beta: list[float] = setting(lambda: [0.0, 0.04], "KL weights of the step.", nargs="+", type=float)
+    size: str = setting("tiny", "Model and lengths.", choices=("tiny", "small"))
+    repeats: int = setting(5, "Pairs of runs; medians are reported.", minimum=1)
+    beta: list[float] = setting(lambda: [0.0, 0.04], "KL weights, one step each.", nargs="+", type=float)
     only: str = setting(
         "both",
-        "Only one part; both: sample and step. tricks takes 2 minutes (small: 15).",
+        "The part to run; both: sample and step. tricks takes 2 minutes (small: 15).",
         choices=("both", "sample", "step", "tricks"),
     )
-    threads: int = setting(1, "Threads for torch, ours and the peer's.")
+    threads: int = setting(1, "Threads of torch, for both sides.")
     side: str = setting(
-        "", "Used by the benchmark itself: make the one call of this name and print its peak memory in MiB."
+        "", "For internal use: make the one call of this name and print its peak memory in MiB."
     )
-    json: bool = setting(False, "Print one JSON line a measure instead of the table.")
+    json: bool = setting(False, "Print one JSON line per measure instead of the table.")
 
 
 @dataclasses.dataclass
 class Size:
-    """Model shape and lengths: prompts of `prompt` tokens, answers of up to `new`.
+    """Model shape and lengths: prompts of `prompt` tokens, answers of up to `new` tokens.
 
-    `group_size` of them in sampling, `step_group_size` in a step.
+    A group has `group_size` answers in sampling and `step_group_size` in a step.
     """
 
     config: dict
@@ -109,7 +110,7 @@ SIZES = {
     ),
 }
 END = 2
-TRL = dict(  # what every comparison sets alike for trl.GRPOConfig: the same algorithm, nothing beside it
+TRL = dict(  # options of trl.GRPOConfig in every comparison: the same algorithm, no logging, no saves
     beta=0.0,
     top_k=0,
     top_p=1.0,
@@ -127,7 +128,7 @@ TRL = dict(  # what every comparison sets alike for trl.GRPOConfig: the same alg
 
 
 def build(size: Size) -> torch.nn.Module:
-    """A random model whose end token has the share that ends answers on average at about half the length."""
+    """A random model. Its end token's probability makes answers about half as long as the limit."""
     torch.manual_seed(0)
     config = Qwen2Config(
         **size.config,
@@ -138,7 +139,7 @@ def build(size: Size) -> torch.nn.Module:
         bos_token_id=None,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    with torch.no_grad():  # logits near 0 but for the end token, whose probability must be about 2 / longest
+    with torch.no_grad():  # logits near 0, except the end token's: its probability must be about 2 / limit
         model.lm_head.weight.mul_(0.1)
     chance = 2.0 / size.new
     model.end_bias = float(torch.log(torch.tensor(chance * size.config["vocab_size"] / (1 - chance))))
@@ -148,7 +149,7 @@ def build(size: Size) -> torch.nn.Module:
 
 
 class Peak:
-    """Peak resident memory over the baseline, in MiB, by a thread that looks every 2 ms."""
+    """Peak resident memory over the baseline, in MiB. A thread reads it every 2 ms."""
 
     def __enter__(self):
         gc.collect()
@@ -174,10 +175,10 @@ class Peak:
 def in_turn(
     settings: Settings, only: str, beta: float, ours, peer, names: tuple[str, str] = ("ours", "peer")
 ) -> dict:
-    """Run both in turn after one warm-up each; medians of the times and of the ratios of the pairs.
+    """Run both sides in turn after one warm-up each. Returns medians of the times and of the pairs' ratios.
 
-    Memory is that of a first call in a process of its own, since one that has already run keeps its heap.
-    With --side set, this is that process: it makes the one call of this name, prints its peak and leaves.
+    Memory is measured for a first call in a new process, since a process that has already run keeps its heap.
+    With --side, this is that new process: it makes the one call of this name, prints its peak and exits.
     """
     if settings.side:
         sides = dict(zip(names, (ours, peer)))
@@ -229,10 +230,10 @@ def in_turn(
 def limit_seconds(
     size: Size, model: torch.nn.Module, prompts: int, answers: list[int], passes: int = 0
 ) -> float:
-    """The least time this machine could take for answers of these lengths to `prompts` prompts.
+    """Lower bound in seconds: sampling answers of these lengths, and `passes` forward passes over all tokens.
 
-    And for `passes` forward passes more over all tokens (a backward pass counts as two): FLOPs over the
-    measured matmul peak; decoding no less than its bytes over the bandwidth.
+    A backward pass counts as two forward passes. The bound is FLOPs over the measured rate of a matrix
+    product. Decoding takes at least its bytes over the measured bandwidth.
     """
     a = torch.randn(1024, 1024)
     started = time.perf_counter()
@@ -248,9 +249,9 @@ def limit_seconds(
     config, count = model.config, lambda module: sum(p.numel() for p in module.parameters())
     layers, last = [count(layer) for layer in model.model.layers], model.model.layers[-1]
     decode_weights = sum(layers) + model.lm_head.weight.numel()
-    # A prompt's last layer answers at one place only.
+    # In a prompt's last layer, only keys and values are needed at every position.
     prompt_weights = sum(layers[:-1]) + count(last.self_attn.k_proj) + count(last.self_attn.v_proj)
-    place = 4 * config.num_hidden_layers * config.hidden_size  # FLOPs of one token's attention to one place
+    place = 4 * config.num_hidden_layers * config.hidden_size  # FLOPs of a token's attention to one position
     prompt_flops = prompts * size.prompt * (2 * prompt_weights + place * size.prompt / 2)
     answer_flops = sum(n * (2 * decode_weights + place * (size.prompt + n / 2)) for n in answers)
     head = config.hidden_size // config.num_attention_heads
@@ -275,7 +276,7 @@ def generate(model, ids: torch.Tensor, group_size: int, new: int, **options) -> 
 
 
 def bench_sample(size: Size, settings: Settings) -> list[dict]:
-    """`sample` against generate(num_return_sequences=G): a prompt a call and all at once, a row each."""
+    """Measure `sample` against generate(num_return_sequences=G): one prompt per call, and all in one call."""
     model = build(size)
     prompts = torch.randint(
         3, size.config["vocab_size"], (size.prompts, size.prompt), generator=torch.Generator().manual_seed(0)
@@ -292,7 +293,7 @@ def bench_sample(size: Size, settings: Settings) -> list[dict]:
     def peer(ids):
         return generate(model, ids, size.group_size, size.new)
 
-    peers = {"peer": ("generate, a prompt a call", lambda: [peer(p[None]) for p in prompts])}
+    peers = {"peer": ("generate, one by one", lambda: [peer(p[None]) for p in prompts])}
     if size.prompts > 1:
         peers["together"] = ("generate, all in one", lambda: peer(prompts))
     rows = [
@@ -309,12 +310,12 @@ def bench_sample(size: Size, settings: Settings) -> list[dict]:
 
 
 def reward_of_ids(ids: list[int]) -> float:
-    """Any function of an answer will do; this one differs inside a group."""
+    """A reward for speed tests: the share of odd ids. It only has to differ inside a group."""
     return sum(1 for i in ids if i % 2) / max(1, len(ids))
 
 
 def update_by_ids(agent: Agent, reference, optimizer, prompts, groups, options) -> None:
-    """What `grpo_step` does once the groups are sampled, with `reward_of_ids`: advantage, loss, AdamW."""
+    """The part of `grpo_step` after sampling, with the reward `reward_of_ids`: advantage, loss, AdamW."""
     completions = [c for group in groups for c in group]
     rewards = torch.tensor([reward_of_ids(c.ids) for c in completions]).view(len(prompts), options.group_size)
     rollouts = Rollouts([], prompts, completions, [], [], 0.0, 1.0)
@@ -330,7 +331,7 @@ def update_by_ids(agent: Agent, reference, optimizer, prompts, groups, options) 
 
 
 def bench_step(size: Size, settings: Settings, beta: float) -> dict:
-    """A step (sample, reward, advantage, reference, loss, backward, AdamW) against TRL's training_step."""
+    """Measure a step (sample, reward, advantage, reference, loss, backward, AdamW) against TRL's."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(
         3, size.config["vocab_size"], (size.step_prompts, size.prompt), generator=generator
@@ -338,7 +339,7 @@ def bench_step(size: Size, settings: Settings, beta: float) -> dict:
     mine, theirs = build(size), build(size)
     reference = build(size) if beta else None
     optimizer = MasterAdamW(mine.parameters())
-    # Short micro-batches of like length: little padding, little memory.
+    # Small micro-batches of answers of similar length need little padding and little memory.
     changes = {"group_size": size.step_group_size, "beta": beta, "microbatch_tokens": 384}
     options = TrainSettings(**TOY | changes)
     agent, steps, seen = Agent(mine, None, [END]), iter(range(10**6)), {}
@@ -363,7 +364,7 @@ def bench_step(size: Size, settings: Settings, beta: float) -> dict:
 
 
 def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
-    """A function that makes TRL's trainer take one step on the same prompts, by its own training_step."""
+    """A function that takes one step of TRL's trainer on the same prompts, by its own training_step."""
     import trl
     from datasets import Dataset
     from tokenizers import Tokenizer
@@ -400,7 +401,7 @@ def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
     batch = [{"prompt": row} for row in rows["prompt"] for _ in range(size.step_group_size)]
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
-    if beta:  # the trainer would fetch its reference from the hub by the model's name
+    if beta:  # set by hand: the trainer would load its reference from the hub by name
         trainer.beta, trainer.ref_model = beta, build(size)
         trl.trainer.grpo_trainer.add_fused_lm_head(
             trainer.ref_model, temperature=1.0, cast_lm_head_to_fp32=False
@@ -419,14 +420,14 @@ def trl_step(model, prompts: list[list[int]], size: Size, beta: float):
 
 
 def bench_tricks(size: Size, settings: Settings) -> list[dict]:
-    """Each trick against the same code without it. What a trick saves is peer / ours here too."""
+    """Measure each trick against the same code without it. The code without the trick is the peer."""
     model, count = build(size), size.step_group_size
     prompts = torch.randint(
         3, size.config["vocab_size"], (size.prompts, size.prompt), generator=torch.Generator().manual_seed(0)
     ).tolist()
     generator = torch.Generator().manual_seed(
         1
-    )  # answers of any ids: had the model drawn them, its memory would already be there
+    )  # random ids: sampling by the model would allocate its memory before the measurement
     answers = [
         torch.randint(3, size.config["vocab_size"], (n,), generator=generator).tolist()
         for n in torch.randint(1, size.new + 1, (count,), generator=generator).tolist()
@@ -446,7 +447,7 @@ def bench_tricks(size: Size, settings: Settings) -> list[dict]:
 
     @torch.no_grad()
     def encode_whole() -> None:
-        """A prompt through the whole of the last layer."""
+        """Encode a prompt with all positions in the last layer."""
         forward(model, torch.tensor(prompts[:1]), torch.arange(size.prompt)[None], plain_attention)
 
     tricks = {
@@ -483,7 +484,7 @@ def bench_tricks(size: Size, settings: Settings) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line asks for and print it."""
+    """Run the selected measurements and print them."""
     settings = command_line(Settings, argv, __doc__)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -1,13 +1,14 @@
-"""Is the learning the same? Reward against steps on the toy task, our loop and trl.GRPOTrainer, three seeds.
+"""Our training loop against trl.GRPOTrainer: reward per step on the toy task, three seeds.
 
     python benchmarks/bench_learning.py              (about 15 minutes on 2 cores; writes learning_curves.csv
                                                       and .png beside this file)
-    python benchmarks/bench_learning.py --plot-only  (draws and judges the curves of the CSV that is there)
+    python benchmarks/bench_learning.py --plot-only  (draws and compares the curves of the existing CSV)
 
-For each seed the toy model is warm-started once; both loops begin from those weights, with the same pool of
-windows, reward, prompts per step, group, learning rate (constant), AdamW, clipping, temperature and number of
-steps. What differs is what must: the random numbers of sampling, the order of the pool, and TRL's 1e-4 under
-the fraction. (Here a group whose rewards are all equal gets exact zeros.)
+For each seed, the toy model is warm-started once. Both loops start from these weights, with the same pool of
+windows, reward, prompts per step, group size, learning rate (constant), AdamW, clipping, temperature and
+number of steps. Three things differ: the random numbers of sampling, the order of the pool, and the 1e-4
+that TRL adds to the std of an advantage. (Our loop does not add it. A group whose rewards are all equal gets
+exact zeros.)
 """
 
 from __future__ import annotations
@@ -51,19 +52,19 @@ class Settings:
         lambda: [0, 1, 2], "Seeds: of the warm start, the pool and the sampling.", nargs="+", type=int
     )
     steps: int = setting(100, "GRPO steps.", minimum=1)
-    prompts_per_step: int = setting(16, "Prompts in a step.", minimum=1)
-    group_size: int = setting(16, "Rollouts for each prompt.", minimum=2)
+    prompts_per_step: int = setting(16, "Prompts per step.", minimum=1)
+    group_size: int = setting(16, "Rollouts per prompt.", minimum=2)
     lr: float = setting(5e-4, "Learning rate, constant.")
     sft_steps: int = setting(2200, "Supervised steps of the warm start.", minimum=0)
     threads: int = setting(1, "Threads for torch.")
     csv: str = setting(
-        str(Path(__file__).with_name("learning_curves.csv")), "The curves; the plot goes beside it."
+        str(Path(__file__).with_name("learning_curves.csv")), "The curves. The plot is written beside it."
     )
-    plot_only: bool = setting(False, "Only draw and judge the curves that --csv holds.")
+    plot_only: bool = setting(False, "Only draw and compare the curves in --csv.")
 
 
 def toy_settings(settings: Settings, seed: int) -> TrainSettings:
-    """The toy run's settings with what this comparison changes."""
+    """The toy run's settings with the changes of this comparison."""
     names = ("steps", "prompts_per_step", "group_size", "lr", "sft_steps")
     changes = {name: getattr(settings, name) for name in names}
     changes |= {"seed": seed, "warmup": 0, "decay": False, "beta": 0.0}
@@ -80,7 +81,7 @@ def warm_start(options: TrainSettings) -> tuple[Agent, list[Instance]]:
 
 
 def our_curve(agent: Agent, instances: list[Instance], options: TrainSettings) -> list[dict]:
-    """A row a step from our loop."""
+    """Train by our loop. Returns one row per step."""
     optimizer, rows = MasterAdamW(agent.model.parameters()), []
     for step in tqdm(range(1, options.steps + 1), desc=f"ours, seed {options.seed}"):
         batch = batch_of(instances, step, options)
@@ -96,7 +97,7 @@ def our_curve(agent: Agent, instances: list[Instance], options: TrainSettings) -
 
 
 def trl_curve(agent: Agent, instances: list[Instance], options: TrainSettings) -> list[dict]:
-    """A row a step from trl.GRPOTrainer, whose reward function records what it was asked to judge."""
+    """Train by trl.GRPOTrainer. Returns one row per step, recorded by the reward function."""
     import trl
     from datasets import Dataset
 
@@ -117,7 +118,7 @@ def trl_curve(agent: Agent, instances: list[Instance], options: TrainSettings) -
                 "ndcg": statistics.fmean(s.ndcg for s in scores),
                 "seconds": now - started[0],
             }
-        )  # since the reward of the step before
+        )  # seconds since the previous step's reward
         started[0] = now
         return [s.reward for s in scores]
 
@@ -153,7 +154,7 @@ def trl_curve(agent: Agent, instances: list[Instance], options: TrainSettings) -
 
 
 def judge(rows: list[dict], tail: int = 10) -> str:
-    """The last `tail` steps of each loop and seed; how far the loops lie apart against the seeds' spread."""
+    """A report: reward in the last `tail` steps per loop and seed, and the loops' difference and overlap."""
     seeds = sorted({r["seed"] for r in rows})
     loops = {
         name: [[r for r in rows if (r["loop"], r["seed"]) == (name, seed)] for seed in seeds]
@@ -166,7 +167,7 @@ def judge(rows: list[dict], tail: int = 10) -> str:
         lines.append(
             f"{name:5} reward in the last {tail} steps, by seed: "
             + ", ".join(f"{x:.3f}" for x in ends[name])
-            + f"   mean {statistics.fmean(ends[name]):.3f}   {seconds:.2f} s a step"
+            + f"   mean {statistics.fmean(ends[name]):.3f}   {seconds:.2f} s per step"
         )
     steps = min(len(curve) for curves in loops.values() for curve in curves)
     overlap = 0
@@ -182,7 +183,7 @@ def judge(rows: list[dict], tail: int = 10) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Reward against steps (running mean of 5): a thin line a seed, a thick one for each loop's mean."""
+    """Plot reward against steps (running mean of 5): a thin line per seed, a thick one for a loop's mean."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -215,7 +216,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run both loops from the same warm starts, write the curves, judge them."""
+    """Run both loops from the same warm starts, write the curves and compare them."""
     settings = command_line(Settings, argv, __doc__)
     path = Path(settings.csv)
     if not settings.plot_only:

@@ -1,12 +1,11 @@
-"""Reranking with a real model, beside transformers' generate: a window at a time, and all windows padded
-together.
+"""Reranking with a real model, against transformers' generate: one by one, and all windows padded together.
 
     python benchmarks/bench_rerank.py --model HuggingFaceTB/SmolLM2-135M-Instruct --input CANDIDATES
 
-The first window of the first `--windows` queries, greedily, up to `--new` tokens; the same model in the same
-precision on each side, and the same prompts. A small model that was never trained for this ends its answers
-after a few words; with `--whole` each has `--new` tokens, as the answers of one that reasons have hundreds.
-Each side runs in turn; the better of the two peers counts.
+All sides decode the first window of the first `--windows` queries greedily, up to `--new` tokens, with the
+same model, precision and prompts. A small model that was never trained for this ends its answers after a few
+words. With `--whole`, each answer has `--new` tokens, since a model that reasons writes hundreds. The sides
+run in turn. The ratio is that of the faster of the two ways to call generate.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ class Settings:
     model: str = setting("", "A model folder or hub name.", required=True)
     input: str = setting("", "Candidates (default: DL19's, where `python data.py download dl19` puts them).")
     windows: int = setting(8, "Windows of 20 passages, of different queries.", minimum=1)
-    new: int = setting(64, "Longest answer.", minimum=1)
+    new: int = setting(64, "Most tokens per answer.", minimum=1)
     whole: bool = setting(False, "Let every answer run to --new tokens.")
     dtypes: list[str] = setting(lambda: ["bfloat16", "float32"], "Precisions.", nargs="+")
-    repeats: int = setting(3, "Rounds in turn; medians count.", minimum=1)
-    json: bool = setting(False, "One JSON line a measure instead of the table.")
+    repeats: int = setting(3, "Rounds; medians are reported.", minimum=1)
+    json: bool = setting(False, "One JSON line per measure instead of the table.")
 
 
 def generate(agent: Agent, prompts: list[list[int]], new: int, whole: bool) -> list[list[int]]:
-    """transformers' generate on left-padded prompts; the new tokens of each."""
+    """Run transformers' generate on left-padded prompts. Returns the new tokens of each prompt."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -55,7 +54,7 @@ def generate(agent: Agent, prompts: list[list[int]], new: int, whole: bool) -> l
 
 
 def compare(settings: Settings, dtype: str) -> dict:
-    """Seconds of each side, medians over the rounds, and how many first tokens agree."""
+    """Measure all sides. Returns their median seconds, and the number of answers whose first tokens agree."""
     agent = load_agent(settings.model, "cpu", dtype)
     path = settings.input or cache_folder() / "dl19" / "retrieve_results_dl19_top100.jsonl"
     lists = read_candidates(path)[:settings.windows]

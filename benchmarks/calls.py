@@ -1,12 +1,13 @@
-"""What a call buys: ways to spend a model's answers on a list, and the NDCG@10 that each of them reaches.
+"""Several ways to spend a model's answers on a list, with their cost and their NDCG@10.
 
     python grpo.py --seed 0 --out runs/toy                  (first: trains the toy)
     python benchmarks/calls.py                              (toy lists of 24 and of 100 passages)
     python benchmarks/calls.py --real MODEL                 (and the first of DL19's lists)
 
-Each way ("arm") reranks the same lists with the same model. A call is one answer. Windows that do not wait
-for one another are one round; the table has the sum over queries. Seconds are those of all queries together,
-whose windows share batches. Three answers per window are sampled at temperature 0.7; all else is greedy.
+Each way ("arm") reranks the same lists with the same model. A call is one answer. Windows that do not depend
+on one another form one round. The table has sums over queries. Seconds are those of all queries together,
+since their windows share batches. Three answers per window are sampled at temperature 0.7. The other arms
+are greedy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from support.download import download
 from support.files import Candidates, read_candidates, read_qrels, trec_id
 from toy import TOY, toy_task
 
-ARMS = {  # name: options of the reranker. The first two rerank no passage, and the first window's.
+ARMS = {  # name: options of the reranker. "first stage" reranks nothing, "top window only" one window.
     "first stage": {}, "top window only": {}, "sliding": {}, "two passes": {"passes": 2},
     "top-down": {"algorithm": "top-down"}, "three samples": {"samples": 3, "temperature": 0.7},
     "three shuffled": {"samples": 3, "temperature": 0.7, "shuffle": True}}
@@ -43,17 +44,17 @@ class Settings:
 
     json: bool = setting(False, "One JSON line per arm instead of the tables.")
     model: str = setting("runs/toy/checkpoint", "The trained toy.", group="toy")
-    toy_queries: int = setting(100, "Held-out lists of 24; of the lists of 100, half as many.", minimum=2)
+    toy_queries: int = setting(100, "Held-out lists of 24 passages. Half as many have 100.", minimum=2)
     real: str = setting(lambda: os.environ.get("REARANK_TEST_MODEL", ""),
                         "A model folder or hub name, or set REARANK_TEST_MODEL.", group="real text")
     input: str = setting("", "Candidates, with --qrels (default: DL19's).")
     qrels: str = setting("", "Their judgements.")
     prompt: str = setting("rankgpt", "The prompt, as for rearank.py.")
-    queries: int = setting(8, "Only the first so many queries with judgements.", minimum=2)
-    top_k: int = setting(20, "Only the first so many candidates.", minimum=10)
+    queries: int = setting(8, "Use this many queries with judgements.", minimum=2)
+    top_k: int = setting(20, "Use this many candidates per query.", minimum=10)
     window: int = setting(10, "Passages in a window. It slides by half of that.", minimum=2)
-    passage_chars: int = setting(200, "Characters of a passage that are shown.", minimum=1)
-    max_new_tokens: int = setting(64, "Longest answer.", minimum=1)
+    passage_chars: int = setting(200, "Characters per passage in the prompt.", minimum=1)
+    max_new_tokens: int = setting(64, "Most tokens per answer.", minimum=1)
 
 
 @dataclasses.dataclass
@@ -68,7 +69,7 @@ class Task:
 
 
 def load_tasks(settings: Settings) -> list[Task]:
-    """The toy's lists and, with --real, real ones. InputError where something is missing."""
+    """The toy's lists and, with --real, real ones. InputError if something is missing."""
     if not Path(settings.model).is_dir():
         raise InputError(f"{settings.model}: no such folder; train the toy by `python grpo.py --seed 0 --out "
                          "runs/toy`, or pass its checkpoint as --model FOLDER")
@@ -96,7 +97,7 @@ def load_tasks(settings: Settings) -> list[Task]:
 
 
 def measure(task: Task, arm: str) -> tuple[dict, list[float]]:
-    """What an arm costs, and each query's NDCG@10."""
+    """Run one arm. Returns its cost as a row, and NDCG@10 per query."""
     options = task.options | ARMS[arm]
     ranks = {"first stage": 0, "top window only": task.options["window"]}.get(arm)  # None: all
     started = time.perf_counter()
@@ -131,7 +132,7 @@ def compare(task: Task) -> list[dict]:
 
 
 def print_table(rows: list[dict]) -> None:
-    """The rows of one task, numbers below their heads."""
+    """Print the rows of one task as a table."""
     print(f"\n{rows[0]['data']}, {rows[0]['queries']} queries")
     print("arm              calls  rounds  read tokens  new tokens  seconds  windows changed"
           "  NDCG@10  95 % interval     - sliding  95 % interval")

@@ -1,9 +1,10 @@
-"""The README's curve: how much of the possible gain in NDCG@10 the rollouts reach, from toy runs' own logs.
+"""Draw the README's curve from logs of toy runs: the rollouts' share of the possible gain in NDCG@10.
 
     python benchmarks/plot_toy.py runs/toy [RUN_FOLDER ...] --output benchmarks/toy_curve.png
 
-For each step (NDCG@10 of the rollouts - as given) / (best order - as given), means over the step's windows.
-A folder is one that `python grpo.py --out FOLDER` wrote; a run with --reward random is drawn in grey.
+The share of a step is (rollouts - given order) / (best order - given order), where each term is the mean
+NDCG@10 over the step's windows. A RUN_FOLDER is the --out of `python grpo.py`. Runs with --reward random are
+grey.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Settings:
 
 
 def read_log(folder: str) -> dict[str, list[float]]:
-    """{column: its values, one a step} of a run's log.csv. InputError where there is none."""
+    """{column: one value per step} of a run's log.csv. InputError if there is no log."""
     path = Path(folder) / "log.csv"
     if not path.exists():
         raise InputError(f"{path}: no such log; expected a run folder of grpo.py")
@@ -38,7 +39,7 @@ def read_log(folder: str) -> dict[str, list[float]]:
 
 
 def smooth(values: list[float], width: int = 5) -> list[float]:
-    """The mean of the last `width` values at each step: 32 windows a step are a small sample."""
+    """The mean of the last `width` values at each step, since the 32 windows of a step are a small sample."""
     windows = [values[max(0, i - width + 1):i + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.4))
-    named = set()  # one entry in the legend for all runs of a kind
+    named = set()  # one legend entry per kind of run
     for folder in settings.runs:
         log = read_log(folder)
         reward = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["reward"]

@@ -1,13 +1,13 @@
-"""GRPO's successors, each as a function of at most ten lines, beside GRPO on the toy task.
+"""GRPO against its successors on the toy task. Each successor is a function of at most ten lines.
 
     python benchmarks/successors.py                  (three seeds, 25 minutes on one thread)
-    python benchmarks/successors.py --seeds 0 --steps 5 --sft-steps 400        (a try: 2 minutes)
+    python benchmarks/successors.py --seeds 0 --steps 5 --sft-steps 400        (a short try: 2 minutes)
 
-Dr. GRPO, DAPO, GDPO and GSPO change the advantage or the loss and nothing else, so each is handed to
-`grpo.train` as the hook `advantage` or `loss`. For each seed one model is warm-started, and every method
-goes on from a copy of it, with the same windows, settings and learning rate. All are judged on the same
-held-out queries. First, some equalities are checked on one batch of answers. Letters as in grpo.py: B
-prompts, G answers per prompt, R = some of the B x G answers, T answer tokens.
+Dr. GRPO, DAPO, GDPO and GSPO change only the advantage or the loss, so each is passed to `grpo.train` as the
+hook `advantage` or `loss`. For each seed, one model is warm-started, and every method continues from a copy
+of it, with the same windows, settings and learning rate. All are evaluated on the same held-out queries. The
+script also checks some equalities on one batch of answers. Letters as in grpo.py: B prompts, G answers per
+prompt, R = some of the B x G answers, T answer tokens.
 
 `train` calls a loss once per micro-batch and adds up the gradients. So each loss below returns the
 micro-batch's part of a sum, and divides by a number that comes from the whole batch (`all_lengths`, the
@@ -46,17 +46,17 @@ from toy import TOY, toy_agent, toy_data, toy_lessons
 def dr_grpo_advantages(rollouts: Rollouts) -> Tensor:
     """Dr. GRPO (arXiv 2503.20783, figure 1): A_i = r_i - mean(r), without GRPO's division by the std.
 
-    Division by the std gives a prompt whose answers are nearly alike the weight of all others.
+    Division by the std gives a prompt with nearly equal rewards the same weight as all others.
     """
     rewards = rollouts.rewards
-    flat = group_advantages(rewards) == 0  # exact zeros, where a group's rewards are equal up to rounding
+    flat = group_advantages(rewards) == 0  # exact zeros if rewards are equal up to rounding
     return (rewards - rewards.mean(1, keepdim=True)).masked_fill(flat, 0.0)
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:
     """RLOO (arXiv 2402.14740): r_i minus the mean of the group's other rewards. [B, G] -> [B, G].
 
-    It is G / (G - 1) times Dr. GRPO's advantage, and AdamW ignores a constant factor: so no run of its own.
+    It is G / (G - 1) times Dr. GRPO's advantage. AdamW ignores a constant factor, so RLOO needs no run.
     """
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others
@@ -70,7 +70,7 @@ def gdpo_advantages(rollouts: Rollouts) -> Tensor:
     mean and std are the group's; then A is divided by its std over the whole batch.
 
     In GRPO the part that varies most sets the std of the sum, and the others hardly count. Here each part
-    counts by its weight. (A's mean over the batch, which the paper subtracts, is 0 already: each group's is.)
+    counts by its weight. (The paper also subtracts A's mean over the batch. It is 0, as in each group.)
     """
     total = torch.zeros_like(rollouts.rewards)  # [B, G]
     for name, weight in PARTS.items():
@@ -80,7 +80,7 @@ def gdpo_advantages(rollouts: Rollouts) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Losses: called as `grpo.grpo_loss` is, for a part of the batch
+# Losses: called like `grpo.grpo_loss`, with a part of the batch
 
 
 def objectives(logps: Tensor, ref_logps: Tensor, advantages: Tensor, lengths: Tensor, beta: float,
@@ -110,7 +110,7 @@ def dapo_loss(logps, ref_logps, advantages, lengths, beta, old_logps, clip, all_
     weigh more. Answers of `limit` (--max-new-tokens) tokens were cut off, and their reward says little: they
     count neither in the sum nor in the number ("overlong filtering").
 
-    (DAPO's clip-higher is `--clip 0.2 0.28`. Its dynamic sampling and its length reward are not here.)
+    (DAPO's clip-higher is `--clip 0.2 0.28`. Its dynamic sampling and its length reward are not implemented.)
     """
     objective = objectives(logps, ref_logps, advantages, lengths, beta, old_logps, clip)
     tokens = all_lengths[all_lengths < limit].sum().clamp(min=1)
@@ -132,7 +132,7 @@ def gspo_loss(logps, ref_logps, advantages, lengths, beta, old_logps, clip, all_
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What changes nothing
+# Equalities
 
 
 def gradient(agent: Agent, rollouts: Rollouts, advantages: Tensor, options: TrainSettings,
@@ -146,9 +146,10 @@ def gradient(agent: Agent, rollouts: Rollouts, advantages: Tensor, options: Trai
 
 
 def checks(agent: Agent, instances: list, options: TrainSettings) -> list[dict]:
-    """Equalities on one batch of answers: {"check", "value": largest difference over largest value, "why"}.
+    """Check equalities on one batch of answers. Returns rows {"check", "value", "why"}.
 
-    The gradients are compared in the batch's first update and in its second, where they must differ.
+    "value" is the largest difference over the largest value. Gradients are compared in the batch's first
+    update, and in its second update, where they must differ.
     """
     rollouts = sample_rollouts(agent, instances, options, step=1)
     rollouts.rewards = score_rollouts(rollouts, options, step=1)
@@ -186,7 +187,7 @@ def checks(agent: Agent, instances: list, options: TrainSettings) -> list[dict]:
 
 @dataclasses.dataclass
 class Settings:
-    """Settings of the comparison; all others are the toy run's."""
+    """Settings of the comparison. All others are those of the toy run."""
 
     seeds: list[int] = setting(lambda: [0, 1, 2], "Seeds of warm start, windows and sampling.", nargs="+",
                                type=int)
@@ -199,7 +200,7 @@ class Settings:
 
 
 def arms(limit: int) -> dict[str, tuple[str, dict, dict]]:
-    """{name: (the arm it is compared with, settings, hooks)}. limit: --max-new-tokens."""
+    """All arms: {name: (the arm it is compared with, settings, hooks)}. `limit` is --max-new-tokens."""
     dr_grpo = {"advantage": dr_grpo_advantages, "loss": functools.partial(dr_grpo_loss, limit=limit)}
     four, higher, narrow = {"updates": 4}, {"clip": [0.2, 0.28]}, {"clip": [3e-4, 4e-4]}
     return {
@@ -216,7 +217,7 @@ def arms(limit: int) -> dict[str, tuple[str, dict, dict]]:
 class Watched:
     """A loss that also counts the tokens of answers with an advantage, and those that get no gradient.
 
-    The log's column `clipped` looks at single tokens' ratios, which is not how GSPO clips.
+    The log's column `clipped` goes by the ratios of single tokens, but GSPO clips whole answers.
     """
 
     def __init__(self, loss: Callable[..., Tensor]):
@@ -232,9 +233,10 @@ class Watched:
 
 
 def run_seed(settings: Settings, seed: int, results: dict[str, list[dict]]) -> list[dict]:
-    """Warm-start one model, train each arm from a copy of it, and judge all on the held-out queries.
+    """Warm-start one model, train each arm from a copy of it, and evaluate all on the held-out queries.
 
-    Adds {"ndcg": a value per query, "stopped": share, "seconds"} to each arm's results. Returns `checks`.
+    Adds {"ndcg": one value per query, "stopped": share, "seconds"} to each arm's results. Returns the rows of
+    `checks`.
     """
     smaller = {"seed": seed, "steps": settings.steps, "sft_steps": settings.sft_steps,
                "samples_every": 10**6, "save_every": 10**6}
@@ -258,7 +260,10 @@ def run_seed(settings: Settings, seed: int, results: dict[str, list[dict]]) -> l
 
 
 def paired(a: list[dict], b: list[dict]) -> tuple[tuple[float, float, float], list[float]]:
-    """a - b in NDCG@10: (mean, low, high), a bootstrap over queries of the mean over seeds; each seed's."""
+    """The difference a - b in NDCG@10: (mean, low, high), and the mean of each seed.
+
+    The interval is a bootstrap over queries of the mean over seeds.
+    """
     differences = [[x - y for x, y in zip(p["ndcg"], q["ndcg"])] for p, q in zip(a, b)]  # [seed][query]
     interval = bootstrap_interval([statistics.fmean(column) for column in zip(*differences)])
     return interval, [statistics.fmean(row) for row in differences]
@@ -281,7 +286,7 @@ def table(results: dict[str, list[dict]], limit: int) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check the equalities, train and judge all arms; print both and write them as CSVs."""
+    """Check the equalities, train and evaluate all arms, print both and write them as CSVs."""
     settings = command_line(Settings, argv, __doc__)
     folder = Path(settings.results)
     folder.mkdir(parents=True, exist_ok=True)
@@ -289,9 +294,9 @@ def main(argv: list[str] | None = None) -> int:
     results, checked, rows = {}, [], []
     for seed in settings.seeds:
         found = run_seed(settings, seed, results)
-        checked = checked or found  # of the first seed
+        checked = checked or found  # those of the first seed
         rows = table(results, TOY["max_new_tokens"])
-        # After each seed, so that a run that is stopped has left something.
+        # Written after each seed, so that an interrupted run leaves the results of its finished seeds.
         write_csv(folder / "successors.csv", rows, list(rows[0]))
         write_csv(folder / "successors_checks.csv", checked, list(checked[0]))
     for row in checked + rows if settings.json else ():
@@ -301,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     start = statistics.fmean(statistics.fmean(x["ndcg"]) for x in results["warm start"])
     print(f"warm start: NDCG@10 {start:.3f} on {settings.eval_queries} held-out queries")
     for row in checked:
-        print("{check}: apart by {value:.1e} of the largest ({why})".format(**row))
+        print("{check}: difference {value:.1e} of the largest value ({why})".format(**row))
     for row in rows:
         print("{method:26} gain {gain:+.3f} ({gain_low:+.3f} to {gain_high:+.3f})  against {versus}: "
               "{difference:+.3f} ({low:+.3f} to {high:+.3f}), seeds {seeds}: {verdict}; without gradient "

@@ -1,12 +1,12 @@
-"""Commands that run beside the tests: most tests keep one core busy, and a machine has more.
+"""Run slow commands in the background of the tests: most tests use one core, and a machine has more.
 
     @pytest.mark.beside(command=command)
     def test_it(beside): ...
 
-command(folder, **parameters) prepares files in an empty folder and returns the arguments of a process; its
-parameters are those of the test that it names. While other tests run, one such process runs beside them.
-Tests with this mark come last; while they wait, two run. Tests that name the same command share its run.
-All these tests are slow, so that `pytest -m "not slow"` starts none of them.
+`command(folder, **parameters)` prepares files in an empty folder and returns the arguments of a process. It
+gets those of the test's parameters that it names. While other tests run, one such process runs. Tests with
+this mark come last, and two processes run while they wait. Tests with the same command and parameters share
+one run. All tests with this mark are also marked `slow`, so `pytest -m "not slow"` starts no process.
 """
 
 import inspect
@@ -19,19 +19,19 @@ from time import sleep  # a test may replace time.sleep
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# As it is before any test changes it.
+# Copied before any test changes it.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 class Job:
-    """One process: `returncode`, `stdout` and `stderr` when it has ended, and its `folder`."""
+    """One background process. Read `returncode`, `stdout` and `stderr` after it has ended."""
 
     def __init__(self, command, parameters: dict, folder: Path):
         self.command, self.parameters, self.folder = command, parameters, folder
         self.process = self.fault = None
 
     def start(self) -> None:
-        """Prepare and start it. A fault in that is raised where the result is asked for: in its own test."""
+        """Prepare and start the process. `Beside.result` raises an exception of this in the job's test."""
         self.folder.mkdir()
         with open(f"{self.folder}.out", "wb") as out, open(f"{self.folder}.err", "wb") as err:
             try:
@@ -68,7 +68,7 @@ class Beside:
         self.jobs = {}
 
     def add(self, item, folder: Path) -> None:
-        """The job of a test with the mark `beside`; one for all tests that name the same."""
+        """Give a test with the mark `beside` its job. Tests with equal command and parameters share one."""
         command = item.get_closest_marker("beside").kwargs["command"]
         names = [*inspect.signature(command).parameters][1:]
         parameters = {name: item.callspec.params[name] for name in names}
@@ -83,7 +83,7 @@ class Beside:
             job.start()
 
     def result(self, job: Job) -> Job:
-        """Wait until it has ended; meanwhile two jobs run."""
+        """Wait until the job has ended and return it. Two jobs run in the meantime."""
         while job.state != "ended":
             self.advance(2)
             sleep(0.05)
@@ -92,7 +92,7 @@ class Beside:
         return job
 
     def stop(self) -> None:
-        """End what is still running, with its children."""
+        """Kill the jobs that still run, and their child processes."""
         for job in self.jobs.values():
             if job.state == "running":
                 os.killpg(job.process.pid, signal.SIGKILL)

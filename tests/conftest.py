@@ -1,10 +1,10 @@
-"""What the tests share: a tiny random Qwen2 and word-level prompts, in memory. No network, no weights."""
+"""Fixtures and helpers that the tests share: tiny random models and small files. No network, no weights."""
 
 import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the import of transformers: no test may ask the hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # must precede the import of transformers: no test asks the hub
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ from support.cli import InputError
 from support.files import Instance, write_candidates, write_instances, write_qrels
 from support.prompt_file import read_prompt_file
 
-torch.set_num_threads(1)  # another core is for what runs beside
+torch.set_num_threads(1)  # the other cores are for the background jobs of beside.py
 
 
-# --- what runs beside the tests: beside.py
+# --- background jobs: beside.py
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m deselects
+@pytest.hookimpl(tryfirst=True)  # before -m deselects tests, so that it sees the mark `slow`
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
     for item in items:
@@ -58,7 +58,7 @@ def pytest_sessionfinish(session):
 
 @pytest.fixture
 def beside(request) -> Job:
-    """The command that this test's mark names, when it has ended."""
+    """The finished job of the command that this test's mark names."""
     return request.session.beside.result(request.node.job)
 
 
@@ -66,7 +66,11 @@ def beside(request) -> Job:
 
 
 def tiny_model(seed: int = 0, kind: str = "qwen2", **changes) -> torch.nn.Module:
-    """Grouped-query attention (4 heads over 2); pad and end token are the same id, as in many models."""
+    """A random 2-layer model of transformers' type `kind`, with `changes` to its config.
+
+    It has grouped-query attention (4 query heads, 2 key-value heads). Padding and end token share one id, as
+    in many models.
+    """
     torch.manual_seed(seed)
     small = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -80,7 +84,7 @@ def toy_settings(**changes) -> grpo.TrainSettings:
 
 
 def quick(tmp_path: Path, **changes) -> grpo.TrainSettings:
-    """Two steps of one prompt and eight short answers, each saved, in the run folder tmp_path / "run"."""
+    """Settings of a short run in tmp_path / "run": two steps of one prompt and eight answers, all saved."""
     few = {"prompts_per_step": 1, "group_size": 8, "steps": 2, "max_new_tokens": 12, "beta": 0.0,
            "save_every": 1, "out": str(tmp_path / "run")}
     return toy_settings(**few | changes)
@@ -104,7 +108,7 @@ def toy() -> Agent:
 
 @pytest.fixture
 def folder(toy, tmp_path) -> Path:
-    """A model folder (the toy's, standing for a real one), candidates, judgements and instances."""
+    """A folder with a model (the toy's, in place of a real one), candidates, judgements and instances."""
     toy.model.save_pretrained(tmp_path / "m")
     toy.tokenizer.save_pretrained(tmp_path / "m")
     candidates, qrels = toy_task.toy_task(3, 12, seed=1)
@@ -115,7 +119,7 @@ def folder(toy, tmp_path) -> Path:
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
-    """What a short run of `python grpo.py --model` is called with; the files are the fixture's."""
+    """The command line of a short run of `python grpo.py --model`, with the files of the fixture `folder`."""
     return ["--model", str(folder / "m"), "--out", str(folder / "o"), "--prompt", "toy", "--window", "5",
             "--group-size", "2", "--prompts-per-step", "2", "--steps", "1", "--max-new-tokens", "5",
             "--device", "cpu", *more]
@@ -127,13 +131,13 @@ def random_prompts(*lengths: int, seed: int = 0, vocab: int = 97) -> list[list[i
 
 
 def full_logps(model, prompt: list[int], answer: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """Log-probabilities of an answer's tokens by one plain forward pass of transformers, prompt included."""
+    """Log-probabilities [T] of an answer's tokens, by one plain forward pass over prompt and answer."""
     logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1].float() / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
 def relative_error(got, wanted) -> float:
-    """The largest over all tensors; both lists must be of one length."""
+    """The largest relative error (in norm) over pairs of tensors. Both lists must have the same length."""
     return max(float((a.float() - b).norm() / b.norm().clamp(min=1e-12))
                for a, b in zip(got, wanted, strict=True))
 
@@ -143,21 +147,24 @@ def relative_error(got, wanted) -> float:
 
 @pytest.fixture
 def saved(toy, tmp_path):
-    """The toy's checkpoint as a folder."""
+    """A folder with the toy's model and tokenizer."""
     toy.model.save_pretrained(tmp_path / "m")
     toy.tokenizer.save_pretrained(tmp_path / "m")
     return tmp_path / "m"
 
 
 def change(path, **entries) -> None:
-    """Write these entries into a JSON file, which is made if it is not there."""
+    """Set these entries of a JSON file. The file is created if it does not exist."""
     content = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(content | entries))
 
 
 @pytest.fixture
 def refusal(capfd):
-    """What load_agent says of a folder instead of loading it: one line, and nothing beside it."""
+    """A function that passes a faulty folder to load_agent and returns the error message.
+
+    It checks that the message is one line and that nothing else is printed.
+    """
 
     def load(folder) -> str:
         capfd.readouterr()
@@ -173,10 +180,10 @@ def refusal(capfd):
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes a prompt file, and gives its name."""
+    """A function that writes a prompt file and returns its path."""
     def write(text: str, name: str = "p.yaml") -> str:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        read_prompt_file.cache_clear()  # a new process
+        read_prompt_file.cache_clear()  # as in a new process
         return str(tmp_path / name)
 
     return write
@@ -186,7 +193,7 @@ def file(tmp_path):
 
 
 def perfect(seen=None):
-    """A ranker of numbers, the smaller the better. `seen` gets each window."""
+    """A `rank_window` that sorts numbers, smallest first. Each window is appended to `seen`."""
     def rank_window(items):
         if seen is not None:
             seen.append(list(items))
@@ -195,7 +202,7 @@ def perfect(seen=None):
 
 
 def reversing(monkeypatch, toy) -> None:
-    """A model that turns every window around."""
+    """Replace the model by one that reverses every window."""
     def answers(model, prompts, *_, **__):
         sizes = [toy.tokenizer.decode(p).count("[") for p in prompts]  # a toy prompt numbers its passages
         orders = [" > ".join(f"[{i}]" for i in range(n, 0, -1)) for n in sizes]
@@ -211,7 +218,7 @@ def answering(monkeypatch, toy, answer: str) -> None:
 
 
 def words_in_order(seen=None):
-    """Stands for the model: names the two passages that begin with the smallest letters, best first."""
+    """A stand-in for the model. It names the two passages that come first in the alphabet."""
     def ask(self, asked, seeds, samples, progress):
         replies = []
         for query, passages in asked:
@@ -225,13 +232,13 @@ def words_in_order(seen=None):
 
 
 def settings_of(folder: Path, **changes) -> RerankSettings:
-    """Settings of a run over folder/c.jsonl into folder/r."""
+    """Settings of a reranking run that reads folder/c.jsonl and writes folder/r."""
     files = {"input": str(folder / "c.jsonl"), "output": str(folder / "r")}
     return RerankSettings(**{**files, "prompt": "toy", "max_new_tokens": 4, **changes})
 
 
 def file_options(folder) -> list[str]:
-    """Options for a short run over candidates below `folder`, all but --output."""
+    """Write candidates to folder/c.jsonl. Returns the options of a short run over them, without --output."""
     write_candidates(folder / "c.jsonl", toy_task.toy_task(4, 5, seed=0)[0])
     return ["--model", "m", "--prompt", "toy", "--max-new-tokens", "4", "--max-num-seqs", "2",
             "--device", "cpu", "--input", str(folder / "c.jsonl")]

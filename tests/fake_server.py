@@ -1,4 +1,4 @@
-"""A chat server of the tests: it answers and refuses as a test says."""
+"""A fake chat server. Each test tells it how to answer and which requests to refuse."""
 
 import http.server
 import json
@@ -11,10 +11,10 @@ from support import openai_client
 
 
 class Fake(http.server.BaseHTTPRequestHandler):
-    """A chat server that does what its class says, request by request."""
+    """A chat server that is controlled by the class attributes below."""
 
-    script: list = []  # what is sent to one chat after the other; a function is called with the handler
-    rule = None  # a function of a request's body: the code and error text that refuse it, or None
+    script: list = []  # replies to successive chats; a function is called with the handler instead
+    rule = None  # a function of a request's body. It returns (status, error) to refuse it, else None
     models = (200, {"data": [{"id": "first"}]})
     seen: list = []  # (body, headers) of each chat
     paths: list = []
@@ -72,6 +72,6 @@ def server(monkeypatch):
 
 
 def first_window(server, *script, **options):
-    """The first window of a ranking of two passages."""
+    """Rank two passages by a server that replies with `script`. Returns the first window."""
     Fake.script.extend(script)
     return Reranker(server=server, **options).rank("q", ["a", "b"]).windows[0]

@@ -1,4 +1,4 @@
-"""Which architectures are accepted, and that the forward pass written out in model.py is theirs."""
+"""Which architectures are accepted. For these, model.py's forward pass equals that of transformers."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_the_forward_pass_written_out_is_that_of_the_model(changes):
     model, (prompt,) = tiny_model(**changes), random_prompts(21)
     check_architecture(model.config)
     with torch.no_grad():
-        # Random weights leave the norms at 1 and the biases at 0: they must count too.
+        # A random model has norms of 1 and biases of 0. Change them, so that errors in their use show.
         for p in model.parameters():
             if p.dim() == 1:
                 p.add_(torch.randn(p.shape) * 0.1)
@@ -40,7 +40,7 @@ def test_a_model_whose_forward_pass_is_another_is_refused_and_not_wrong(changes)
 
 
 def test_a_setting_that_changes_the_forward_pass_is_noticed_whatever_the_weights(model, monkeypatch):
-    """The weights are never looked at: bfloat16, or weights as large as real ones, make no difference."""
+    """The check does not read the weights, so their precision and their size make no difference."""
     check_architecture(model.to(torch.bfloat16).config)
     rotate = model_module.rotate
     monkeypatch.setattr(model_module, "rotate", lambda x, cos, sin: rotate(x, cos * 1.1, sin))

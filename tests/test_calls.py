@@ -1,4 +1,4 @@
-"""The benchmark of what a call buys: its counts and scores, with a policy that knows the toy's labels."""
+"""benchmarks/calls.py: its counts and scores, with a policy that knows the toy's labels."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ import calls
 
 @pytest.fixture
 def knowing(monkeypatch):
-    """The model's answers are a teacher's who orders every window by its labels, in four tokens."""
+    """Replace the model by a teacher that sorts every window by its labels. An answer counts four tokens."""
     def answers(self, asked, seeds, samples, progress):
         return [(Shortened(False, 0, 400), [Answer(toy_answer(query, texts, True), 4, 10, True)] * samples)
                 for query, texts in asked]
@@ -32,7 +32,7 @@ def test_calls_and_rounds_are_those_of_each_way_and_differences_are_paired(knowi
     rows = {row["arm"]: row for row in calls.compare(a_task(toy, 9))}
     counted = {arm: (row["calls"], row["rounds"], row["prompt_tokens"], row["new_tokens"])
                for arm, row in rows.items() if arm != "top-down"}
-    assert counted == {  # three lists of nine: two windows each
+    assert counted == {  # three lists of nine passages, two windows per list
         "first stage": (0, 0, 0, 0), "top window only": (3, 3, 30, 12), "sliding": (6, 6, 60, 24),
         "two passes": (12, 12, 120, 48), "three samples": (18, 6, 60, 72),
         "three shuffled": (18, 6, 180, 72)}
@@ -45,7 +45,7 @@ def test_calls_and_rounds_are_those_of_each_way_and_differences_are_paired(knowi
 
 
 def test_the_parts_of_a_top_down_round_are_one_round(knowing, toy):
-    """In ideal order: the first window, then parts of five passages beside the pivot."""
+    """The lists are in ideal order. After the first window, a part has the pivot and five more passages."""
     task = a_task(toy, 26)
     for c in task.lists:
         places = sorted(range(26), key=lambda i: -task.qrels[c.qid][c.docids[i]])

@@ -1,4 +1,4 @@
-"""How other people's servers answer: where the text is, how it ended, in what form it comes."""
+"""Replies of chat servers: which field has the text, why it ended, and in which format it comes."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ from support.chat_replies import tagged_text
     ("The <answer> has [1] > [2] or not. <answer> [2] > [1] </answer>", "stop", "ok", [1, 0], "The"),
     ("[1] is wax, so [1] > [2]? No. [2] > [1]", "stop", "untagged", [1, 0], "[1] is wax, so [1] > [2]? No."),
     ("2 > 1", "stop", "untagged", [1, 0], ""),
-    ("[2] is honey. [1] is", "stop", "malformed", [0, 1], "[2] is honey. [1] is"),  # ended while it thought
+    ("[2] is honey. [1] is", "stop", "malformed", [0, 1], "[2] is honey. [1] is"),  # ended while it reasons
     ("a </think> <answer> [2] > [1", "length", "truncated", [1, 0], "a"),
     ("a [2] > [1] or", "length", "truncated", [0, 1], "a [2] > [1] or")])
 @pytest.mark.parametrize("content", [None, "", "\n\n", []])
@@ -87,7 +87,7 @@ def test_an_answer_that_ended_is_read(server, finish):
 def test_an_answer_that_was_cut_off_is_truncated(server, finish):
     window = first_window(server, answer("<think> x </think> <answer> [2] > [1", finish))
     assert (window.status, window.order, window.finished) == ("truncated", [1, 0], False)
-    window = first_window(server, answer(None, finish))  # all its tokens went into reasoning that is hidden
+    window = first_window(server, answer(None, finish))  # hidden reasoning used all its tokens
     assert (window.status, window.order, window.finished) == ("empty", [0, 1], False)
 
 

@@ -1,4 +1,4 @@
-"""Model folders from outside: a fault is one line that names its cause. What we write, others can load."""
+"""Model folders of others: a fault is one line that names its cause. Other libraries can load ours."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_what_a_library_cannot_read_is_named_with_the_versions_that_may_be_too_o
 
 
 def test_a_panic_in_the_tokenizers_library_is_one_line_too(saved):
-    """It is no Exception of Python's. (The library itself has written to standard error by then.)"""
+    """A Rust panic is a BaseException, not an Exception. (The library has already written to stderr.)"""
     change(saved / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
     with pytest.raises(InputError, match="tokenizer.json.*cannot be loaded"):
         load_agent(str(saved), "cpu")
@@ -70,7 +70,7 @@ def test_only_faults_become_input_errors_and_the_librarys_own_warnings_come_back
 
 
 class RunsCode:
-    """In a pickle: creates a file when it is read."""
+    """Creates a file when it is unpickled. Tests check that this does not happen."""
 
     def __init__(self, path):
         self.path = path
@@ -86,7 +86,7 @@ def test_no_code_of_a_folder_is_run_and_nobody_is_asked(saved, refusal, monkeypa
     code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     change(saved / "config.json", auto_map=code)
     change(saved / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Tokenizer", None]})
-    agent = load_agent(str(saved), "cpu")  # a known type of model: transformers' own code
+    agent = load_agent(str(saved), "cpu")  # a known model type: transformers uses its own code
     write_model(agent, saved.parent / "written")
     for file in ("config.json", "tokenizer_config.json"):
         assert "auto_map" not in json.loads((saved.parent / "written" / file).read_text())
@@ -107,7 +107,7 @@ def test_a_config_that_asks_for_an_attention_that_is_not_installed_loads(saved):
 @pytest.mark.slow
 def test_a_fault_of_the_model_ends_the_command_with_status_2_and_one_line(saved, tmp_path):
     tensors = load_file(saved / "model.safetensors")
-    del tensors["model.norm.weight"]  # which transformers would report with a table, after its progress bar
+    del tensors["model.norm.weight"]  # transformers reports this with a table, after its progress bar
     save_file(tensors, saved / "model.safetensors", {"format": "pt"})
     candidates, output = tmp_path / "c.jsonl", tmp_path / "run.trec"
     candidates.write_text('{"query": "a", "hits": [{"qid": "1", "docid": "1", "content": "b"}]}\n')
@@ -154,7 +154,7 @@ def test_weights_that_are_not_finite_are_named(saved, refusal):
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.o_proj.bias", "model.layers.3.mlp.up_proj.weight",
                                   "model.layers.0.self_attn.q_proj.lora_A.weight", "lm_head.bias"])
 def test_weights_that_the_config_has_no_place_for_are_named(saved, refusal, name):
-    """transformers leaves them out, and computes what another model would."""
+    """transformers ignores such weights, so it would compute the outputs of another model."""
     change_tensors(saved, {name: torch.ones(64)})
     assert refusal(saved).startswith(f"its weights hold {name}")
 
@@ -167,11 +167,11 @@ def test_weights_outside_the_language_model_are_left_out(saved):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("own_head", [False, True])
 def test_a_written_checkpoint_says_whether_the_head_is_tied(saved, toy, tmp_path, own_head, lora):
-    """Some configs say "tied" beside a head of its own, and other loaders then take the embeddings for it."""
+    """Some configs say "tied" although a head is saved. Other loaders then use the embeddings as the head."""
     if own_head:
         change_tensors(saved, {"lm_head.weight": torch.randn_like(toy.model.lm_head.weight)})
     agent, ids = load_agent(str(saved), "cpu"), torch.tensor([[5, 6, 7]])
-    assert agent.model.config.tie_word_embeddings  # as it came
+    assert agent.model.config.tie_word_embeddings  # as in the folder's config
     if lora:
         add_lora(agent.model, 2)
     write_model(agent, tmp_path / "written")
@@ -179,7 +179,7 @@ def test_a_written_checkpoint_says_whether_the_head_is_tied(saved, toy, tmp_path
     tensors = load_file(tmp_path / "written/model.safetensors")
     assert config["tie_word_embeddings"] == (not own_head) == ("lm_head.weight" not in tensors)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "written")
-    if config["tie_word_embeddings"]:  # what loaders do that go by the config alone
+    if config["tie_word_embeddings"]:  # as loaders do that trust the config
         theirs.lm_head.weight = theirs.model.embed_tokens.weight
     torch.testing.assert_close(theirs(ids).logits, agent.model(ids).logits)
 
@@ -202,12 +202,12 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(saved, toy, refusa
     toy.tokenizer.save_pretrained(saved)
     assert refusal(saved).startswith("its tokenizer has the id 68 for '<|im_start|>'")
     change(saved / "tokenizer_config.json", pad_token="<|im_start|>")
-    load_agent(str(saved), "cpu")  # we do not write padding
+    load_agent(str(saved), "cpu")  # allowed: the padding token is never used
 
 
 @pytest.mark.parametrize("declared", [None, "OfALaterLibrary", "TokenizersBackend"])
 def test_the_tokenizer_is_the_folders_own_whatever_class_it_declares(saved, toy, declared):
-    """Else transformers puts Qwen's splitting rules in its place, and every word is unknown."""
+    """With the declared class, transformers would apply Qwen's splitting rules and know none of the words."""
     change(saved / "tokenizer_config.json", tokenizer_class=declared)
     if declared is None:
         (saved / "tokenizer_config.json").unlink()
@@ -216,8 +216,8 @@ def test_the_tokenizer_is_the_folders_own_whatever_class_it_declares(saved, toy,
 
 
 def test_a_folder_without_a_vocabulary_is_refused(saved, monkeypatch):
-    """transformers makes an empty tokenizer where there is none."""
-    monkeypatch.setattr("model.check_folder", lambda name: "")  # as for a name on the hub
+    """transformers creates an empty tokenizer if the folder has none."""
+    monkeypatch.setattr("model.check_folder", lambda name: "")  # as for a model on the hub
     change(saved / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     (saved / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="its tokenizer has no vocabulary"):
@@ -233,7 +233,7 @@ def test_the_folder_of_a_run_names_the_checkpoint_to_pass(saved, tmp_path, refus
 
 
 def test_a_checkpoint_has_the_names_that_older_readers_look_for(toy, tmp_path):
-    """transformers 4 takes 10,000 for a rope_theta that it does not find at the top level."""
+    """transformers 4 uses rope_theta = 10,000 if it does not find the value at the top level."""
     settings, umask = quick(tmp_path), os.umask(0o022)
     try:
         RunFolder(settings).save(toy, MasterAdamW(list(toy.model.parameters())), "grpo", 1)

@@ -29,7 +29,7 @@ class Settings:
 def test_options_are_read_into_the_fields_and_given_names_those_that_were_typed():
     settings = command_line(Settings, "x -w a b --max-rows 3 --no-offload --lr 0.5".split())
     assert settings == Settings("x", ["a", "b"], "", False, False, 3, 0.5)
-    assert settings.given == {"name", "words", "max_rows", "offload", "lr"}  # typed, though it is the default
+    assert settings.given == {"name", "words", "max_rows", "offload", "lr"}  # lr was typed, with its default
     assert command_line(Settings, []).given == set() and command_line(Settings, []) == Settings()
     assert command_line(Settings, ["--resume"]).resume is True
     assert command_line(Settings, ["--offload"]).offload is True
@@ -105,7 +105,7 @@ def test_help_has_the_groups_in_the_fields_order_and_no_empty_one(capsys):
 @pytest.mark.parametrize("command", ["grpo", "rearank"])
 def test_help_shows_what_everybody_needs_first(capsys, command):
     found = headings(capsys, lambda: importlib.import_module(command).main(["--help"]))
-    found = [name for name in found if name != "options"]  # --help itself
+    found = [name for name in found if name != "options"]  # the group of --help itself
     assert found[:2] == ["input and output", "model"] and len(found) > 3
     late = [name for name in found if name in ("memory", "run", "toy run", "server", "device",
                                              "for other programs")]

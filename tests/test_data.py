@@ -1,4 +1,4 @@
-"""Initial state expansion, training data, BRIGHT, the command: draws are what the paper says."""
+"""data.py: initial state expansion as in the paper, training data, BRIGHT's lists, the command."""
 
 import dataclasses
 import hashlib
@@ -83,7 +83,7 @@ def test_draws_depend_on_the_seed_and_the_query_alone():
         : len(alone)
     ]
     assert expand([a], qrels, seed=1) != alone
-    # The same on every machine and in every process: instances made today can be made again tomorrow.
+    # Draws are the same on every machine and in every process, so that instances can be made again.
     assert expand([a], qrels, draws=1, size=5, keep="all")[0].docids == ["d7", "d8", "d21", "d22", "d25"]
 
 
@@ -99,7 +99,7 @@ def test_filters_look_at_the_initial_order_the_best_order_or_nothing():
     )  # the relevant passage is always first: nothing to gain
     shuffled = expand([query], qrels, order="shuffled", min_ndcg=0.5)
     least = min(ndcg(draw.labels, ideal=draw.ideal) for draw in shuffled)
-    assert expand([query], qrels, order="shuffled", min_ndcg=least) == shuffled  # "at least"
+    assert expand([query], qrels, order="shuffled", min_ndcg=least) == shuffled  # min_ndcg is inclusive
     assert shuffled and all(0.5 <= ndcg(draw.labels, ideal=draw.ideal) < 1 for draw in shuffled)
 
 
@@ -151,7 +151,7 @@ def test_expansion_never_leaks_a_held_out_query(held_out, keep, seed):
     free = expand(lists, qrels, draws=3, size=6, keep=keep, seed=seed)
     assert instances == [
         draw for draw in free if draw.qid not in exclude
-    ]  # and holding out changes no other query's draws
+    ]  # holding out queries does not change the draws of the others
 
 
 @needs_shared
@@ -167,7 +167,7 @@ def test_dl21_gives_the_counts_of_the_authors_procedure():
     )
     over_the_drawn = [
         ndcg(draw.labels) >= 0.1 for draw in expand(lists, qrels, keep="all")
-    ]  # the mistake: an ideal of the draw
+    ]  # a mistake to avoid: an ideal over the drawn passages only
     assert sum(over_the_drawn) / len(over_the_drawn) == pytest.approx(0.946, abs=0.01)
 
 
@@ -175,7 +175,7 @@ def test_dl21_gives_the_counts_of_the_authors_procedure():
 
 
 def make_files(folder):
-    """Candidates of queries a and b, judgements of each in a file of its own, instances of query c."""
+    """Write candidates and judgements of queries a and b (one file each), and instances of query c."""
     folder.mkdir(exist_ok=True)
     paths = {name: str(folder / name) for name in ("a.jsonl", "b.jsonl", "a.qrels", "b.qrels", "c.jsonl")}
     for qid in "ab":
@@ -186,7 +186,7 @@ def make_files(folder):
 
 
 def put_sets(monkeypatch, folder, **queries):
-    """Table 1 as if downloaded below `folder`: dl21="a" is a list of query a and its judgements."""
+    """Write data sets of Table 1 as if downloaded. dl21="a": DL21 is a list of query a and its judgements."""
     monkeypatch.setenv("REARANK_DATA", str(folder))
     for name, qid in queries.items():
         write_candidates(folder / name / "lists", [make_list(qid)])
@@ -288,7 +288,7 @@ def test_half_a_surrogate_pair_in_an_instance_stops_no_writer(tmp_path):
 
 
 def make_bright(folder, split="leetcode", run="0 Q0 a_b 1 3.0 t\n0 Q0 c 2 2.0 t\n0 Q0 d/e 3 1.0 t\n"):
-    """The layout of the authors' archive: a split of three documents, one of which has a space in its id."""
+    """Write a split of three documents in the layout of the authors' archive. One docid has a space."""
     root = folder / "data" / "bright"
     corpus = "".join(
         json.dumps({"id": docid, "contents": f"text of {docid}"}) + "\n" for docid in ("a b", "c", "d/e")
@@ -388,7 +388,7 @@ def test_the_real_exclusions_and_judgements_are_exact():
         assert len(corrected) == queries and fixed in (None, sum(map(len, corrected.values())))
         if split != "leetcode":
             assert data.read_excluded(data.bright_file(folder, split, "exclude")) == {}
-        else:  # no query's answer is among its excluded documents
+        else:  # no relevant document of a query is excluded
             assert not any(excluded[qid] & set(docids) for qid, docids in judged.items())
 
 

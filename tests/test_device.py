@@ -1,4 +1,4 @@
-"""What this machine has: a device that is not there is named, and Windows has no `resource`."""
+"""The machine: a missing device is named in the error, and the scripts start on Windows."""
 
 import subprocess
 import sys
@@ -22,11 +22,11 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are():
 
 @pytest.mark.slow
 def test_the_scripts_start_where_there_is_no_resource_module():
-    """Windows has none; nothing runs on import anywhere."""
+    """Windows has no such module, so importing the scripts must not need it."""
     code = """if True:
         import contextlib, sys
         with contextlib.suppress(ImportError):
-            import psutil  # which transformers 5.17 imports; on Linux it needs the module
+            import psutil  # transformers 5.17 imports it; on Linux it needs `resource`
         sys.modules["resource"] = None
         import grpo, toy, torch
         print(grpo.peak_mib(torch.device("cpu")))"""

@@ -1,4 +1,4 @@
-"""Several ranks: real processes that talk over gloo must do what one process does."""
+"""Several ranks, which are processes that communicate over gloo, must give the results of one process."""
 
 import json
 import sys
@@ -17,8 +17,8 @@ from toy import toy_agent, toy_task
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Forks the ranks of each run: importing torch for every one would take a minute. argv: a folder; runs as
-# JSON, each [name, number of ranks, settings, what goes wrong]; what a run did is in FOLDER/NAME.
+# A script that forks the ranks of each run: importing torch in every rank would take a minute.
+# argv: a folder, and the runs as JSON: [[name, ranks, settings, fault], ...]. A run writes FOLDER/NAME.
 HARNESS = r"""
 import csv, json, os, random, signal, socket, sys, time
 sys.path[:0] = [ROOT, ROOT + "/tests"]
@@ -36,7 +36,7 @@ def flat_for_train0(text, labels, ideal, scheme):
     return Score(0.5 if labels == instances[0].labels else len(text) / 100, 0, 0, 0, 0)
 
 def rank_zero_is_not_finite(*arguments):
-    # Its gradient is: without the others' losses a rank could not know.
+    # The gradient stays finite, so the other ranks notice it only if the ranks share their losses.
     added = 0 if distributed.rank() else torch.inf
     return grpo.grpo_loss(*arguments) + added
 
@@ -56,7 +56,7 @@ def run(settings, wrong):
         return honest(self, lr, grad_clip, skip)
     grpo.MasterAdamW.step = step
     honest_sample = grpo.sample
-    def sample(*arguments, **options):  # the last prompt, which is the last rank's, has the largest logp_diff
+    def sample(*arguments, **options):  # the last prompt, on the last rank, gets the largest logp_diff
         groups = honest_sample(*arguments, **options)
         if distributed.rank() == distributed.world_size() - 1:
             groups[-1][0].logps[0] -= 0.5
@@ -70,7 +70,7 @@ def run(settings, wrong):
     if settings.lora_rank:
         grpo.add_lora(agent.model, settings.lora_rank)
         torch.manual_seed(1)
-        for name, p in agent.model.named_parameters():  # B is 0 at first, and A then has no gradient
+        for name, p in agent.model.named_parameters():  # B starts at 0, and A then has no gradient
             if "lora_B" in name:
                 torch.nn.init.normal_(p, 0, 0.1)
     agent.started = True
@@ -133,7 +133,7 @@ CASES = {
 
 
 def ranks(folder: Path) -> list[str]:
-    """The command for all runs."""
+    """The command of the process that makes all runs, one after the other."""
     runs = [
         (f"{name} {n}", n, changes, wrong)
         for name, (changes, wrong, numbers) in CASES.items()
@@ -151,7 +151,7 @@ def ranks(folder: Path) -> list[str]:
 
 @pytest.fixture
 def ran(beside) -> Path:
-    """The folder of all runs."""
+    """The folder of all runs. All must have succeeded, except "dead": its exit codes go to dead.json."""
     assert beside.returncode == 0, beside.stderr
     for name, codes, seconds in map(json.loads, beside.stdout.splitlines()):
         if name == "dead":
@@ -209,7 +209,7 @@ def test_a_rank_that_dies_ends_the_others_with_one_line(ran):
         assert last.startswith(f"grpo.py: rank {rank}: another rank has ended") and "--resume" in last
 
 
-# --- the command, as people type it
+# --- the command under torchrun
 
 TRAIN = ("--prompt toy --group-size 4 --prompts-per-step 3 --max-new-tokens 8 --lr 1e-3 --steps 3 "
          "--reward random --device cpu").split()

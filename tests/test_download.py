@@ -1,6 +1,6 @@
-"""Downloads, against a local server: the hub's files, its rows service, plain addresses, archives.
+"""Downloads from a local server: files of the hub, the hub's rows service, plain URLs, archives.
 
-The server cuts answers off, stalls, sends error pages (with status 200 too) and the wrong file.
+The server cuts replies off, stalls, and sends error pages (also with status 200) and wrong files.
 """
 
 import functools
@@ -36,7 +36,7 @@ HTML = b"\n<!DOCTYPE html><html>Too many requests</html>"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers /name/... by the method `name`; every GET goes to the server's log."""
+    """The method `name` answers requests for /name/... Each GET is added to the server's `log`."""
 
     def do_GET(self):
         self.server.log.append(self.path)
@@ -131,7 +131,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """The server, with downloads of data.py and of the hub's client turned to it and kept below tmp_path."""
+    """A running server. data.py and the hub's client download from it and keep their files below tmp_path."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.log, server.hub, server.rows, server.faults, server.released = [], {}, [], {}, threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -158,7 +158,7 @@ def files_below(folder):
 
 
 def on_hub(server, source, body):
-    """Put `body` where the hub has owner/name/file; returns `source`."""
+    """Let the hub serve `body` as the file `source` (owner/name/file). Returns `source`."""
     owner, name, file = source.split("/", 2)
     server.hub[f"/datasets/{owner}/{name}/resolve/main/{file}"] = body
     return source
@@ -182,7 +182,7 @@ def test_what_is_there_and_valid_is_not_fetched_again_and_what_is_damaged_is(ser
     assert server.log == []
     (tmp_path / "file").write_bytes(CONTENT[:-1])
     assert download.fetch(f"{server.url}/good/file", tmp_path, MD5).read_bytes() == CONTENT
-    (tmp_path / "file").write_bytes(b"of the user's own")  # where no checksum is known, it is taken
+    (tmp_path / "file").write_bytes(b"of the user's own")  # used as it is if no checksum is known
     assert download.fetch(f"{server.url}/good/file", tmp_path, "").read_bytes() == b"of the user's own"
 
 
@@ -247,7 +247,7 @@ def test_what_the_hub_does_not_have_is_one_line(server, tmp_path):
 
 
 def make_tar(*members):
-    """A .tar.gz of (name, type or None for a file, link target)."""
+    """The bytes of a .tar.gz. A member is (name, type or None for a file, link target)."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, kind, target in members:
@@ -302,7 +302,7 @@ def test_a_good_archive_is_unpacked_once_and_an_absolute_name_stays_inside(serve
 
 
 def window(n):
-    """Row n of the data set, of query 0, 1 or 2: five passages in an order of its own."""
+    """Row n of the data set: five passages of query n % 3, not sorted by docid."""
     hits = [
         {"content": f"text {d}", "docid": f"d{d}", "qid": n % 3, "rank": r + 1, "score": 9.0 - r}
         for r, d in enumerate((n, n + 2, n + 4, n + 1, n + 7))
@@ -311,7 +311,10 @@ def window(n):
 
 
 def offer_windows(server, monkeypatch, rows):
-    """`rows` windows; judgements of query 0 in DL21, of 1 in DL22, of 2 in DL23. Returns what must come."""
+    """Serve `rows` windows, with judgements of query 0 in DL21, 1 in DL22 and 2 in DL23.
+
+    Returns the instances that the download must write.
+    """
     server.rows = [window(n) for n in range(rows)]
     labels = {str(q): {f"d{d}": (d + q) % 4 - 1 for d in range(0, rows, 2)} for q in range(3)}
 
@@ -417,7 +420,7 @@ def test_an_answer_without_a_train_split_is_one_line(server, monkeypatch, tmp_pa
 
 
 def offer_set(server, monkeypatch, name, paper=50.0):
-    """Make `name` a set of one list (a, b) and two judged queries, of which the list has one."""
+    """Serve a data set `name`: a list of query 1 (documents a, b), and judgements of queries 1 and 2."""
     source = on_hub(server, f"owner/set/{name}.jsonl", LISTS)
     entry = (source, hashlib.md5(LISTS).hexdigest(), f"{server.url}/qrels/{name}.txt", "", paper)
     monkeypatch.setitem(download.TABLE_1, name, entry)
@@ -438,7 +441,7 @@ def test_the_command_prints_places_and_the_first_stage_and_goes_on_after_a_failu
         len(errors) == 2 and "absent/lists" in errors[0] and "no data set 'chess': expected dl19" in errors[1]
     )
     folder = tmp_path / "cache" / "dl19"
-    # The one query in both has one of its two relevant documents at rank 2: 1 / log2(3) over 1 + 1 / log2(3).
+    # The list has one of query 1's two relevant documents, at rank 2: DCG 1 / log2(3), ideal 1 + 1 / log2(3).
     assert f"dl19: {folder / 'dl19.jsonl'} {folder / 'dl19.txt'}\n" in printed.out
     assert "dl19: NDCG@10 x 100 of the lists 38.69 (1 queries), the paper's BM25 50.00\n" in printed.out
     assert (
@@ -503,7 +506,7 @@ def test_every_set_of_the_papers_table_has_candidates_and_judgements():
 
 
 def test_the_hub_without_a_network_is_one_line_within_seconds(monkeypatch, tmp_path):
-    """Its client would try again and again for half a minute, and say so each time."""
+    """The hub's client would retry for half a minute and print a line each time."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -1,5 +1,6 @@
-"""The files we read and write: TREC judgements and runs as trec_eval reads them, candidates, instances; round
-trips, and bad input that is named.
+"""support/files.py: TREC judgements and runs, candidates and training instances.
+
+TREC files are read as trec_eval reads them. Written files read back the same. Errors name file and line.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real files of
 
 # --- TREC judgements and runs
 
-# What an id may be: anything but ASCII white space and zero bytes (control characters and U+00A0 may be).
+# Ids hold anything except ASCII white space and zero bytes (control characters and U+00A0 are allowed).
 names = st.text(
     st.characters(exclude_characters=" \t\n\v\f\r\0", exclude_categories=("Cs",)), min_size=1, max_size=30
 )
@@ -121,22 +122,22 @@ def test_qrels_have_integer_labels_below_zero_too(tmp_path):
     [
         ("run", "1 Q0 a 1 2.0 t\n1 Q0 b 2 1.0\n", 2),  # five fields
         ("run", "1  Q0 a 1 2.0\n", 1),
-        ("run", " 1 Q0 a 1 2.0\n", 1),  # as much white space as a good line has, fewer fields
+        ("run", " 1 Q0 a 1 2.0\n", 1),  # as many blanks as a good line, fewer fields
         ("run", "1 Q0 a\x01b 1 2.0\n", 1),
         ("run", "1\n2 Q0 a 1 2.0\n", 1),
         ("run", "1 Q0 a 1 2.0\n1 Q0 b 2 1.0 t x\n", 1),
-        ("run", "# c\n\n1 Q0 a 1 2.0 t\n\n1 Q0 b 2 high t\n", 5),  # no number; skipped lines count
+        ("run", "# c\n\n1 Q0 a 1 2.0 t\n\n1 Q0 b 2 high t\n", 5),  # not a number; skipped lines are counted
         ("run", "1 Q0 a 1 nan t\n", 1),
-        ("run", "1 Q0 a 1 1_000 t\n", 1),  # a number to Python only
+        ("run", "1 Q0 a 1 1_000 t\n", 1),  # only Python reads it as a number
         ("run", "1 Q0 a 1 2.0 t\n1 Q0 b 2 1.0 t\n1 Q0 a 3 0.5 t\n", 3),  # a document twice
         ("run", "1 Q0 a\0b 1 2.0 t\n", 1),
-        ("run", "1 Q0 a 1 2.0 t\r2 Q0 b 1 2.0 t\r", 1),  # all in one line, for us as for trec_eval
+        ("run", "1 Q0 a 1 2.0 t\r2 Q0 b 1 2.0 t\r", 1),  # \r ends no line, as in trec_eval
         ("qrels", "1 0 a 1\r1 0 b 1\r", 1),
         ("run", "", 1),
         ("run", "# only a comment\n", 1),
         ("qrels", "1 0 a 1\n1 0 b\n", 2),
         ("qrels", "1 0 a 1\n1 0 b 1 x\n", 2),  # five fields
-        ("qrels", "1 0 a 1\n\n1 0 b 1\n", 2),  # trec_eval wants no blank lines in qrels
+        ("qrels", "1 0 a 1\n\n1 0 b 1\n", 2),  # trec_eval accepts no blank lines in qrels
         ("qrels", "# c\n1 0 a 1.0\n", 2),
         ("qrels", "1 0 a 1_0\n", 1),
         ("qrels", "1 0 a 9223372036854775808\n", 1),
@@ -381,7 +382,7 @@ def test_a_querys_own_id_counts_before_that_of_its_passages(tmp_path):
 
 
 def spoiled(**changes):
-    """RANK_LLM with its second passage changed; a change to None takes the field away."""
+    """RANK_LLM as JSON, with fields of its second passage changed. None removes a field."""
     hit = {**RANK_LLM["candidates"][1], **changes}
     hits = [RANK_LLM["candidates"][0], {key: value for key, value in hit.items() if value is not None}]
     return json.dumps({**RANK_LLM, "candidates": hits})
@@ -468,7 +469,7 @@ def test_errors_name_the_line_of_jsonl_and_the_record_of_json(tmp_path):
         read_candidates(path)
 
 
-texts = st.text(max_size=20)  # with every odd line separator, quote and control character there is
+texts = st.text(max_size=20)  # includes unusual line separators, quotes and control characters
 
 lists = st.builds(
     lambda qid, query, hits: Candidates(

@@ -269,7 +269,7 @@ def test_a_step_learns_at_the_temperature_that_it_sampled_at(monkeypatch, temper
     (rollouts, rewards), norms, kls = three_groups(), [], []
     for t in (temperature, "as logits"):
         model, reference = tiny_model(), tiny_model(seed=1)
-        if t == "as logits":  # the same policy at temperature 1 has the head's weights divided by t
+        if t == "as logits":  # the same policy at temperature 1: head weights / t
             for m in (model, reference):
                 m.lm_head.weight.data /= temperature
         settings = toy_settings(beta=beta, temperature=1.0 if t == "as logits" else t)

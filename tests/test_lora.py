@@ -1,4 +1,4 @@
-"""LoRA by hand: the merged model's gradients by the chain rule, one copy of the weights, what is written."""
+"""support/lora.py: gradients against those of the merged model, shared base weights, saved adapters."""
 
 import copy
 import csv
@@ -21,7 +21,7 @@ from toy import toy_agent
 
 
 def moved(model, rank: int = 3):
-    """With LoRA whose B is not 0 any more."""
+    """Add LoRA with a random B instead of 0, as after some training. Returns the model."""
     add_lora(model, rank)
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -42,13 +42,13 @@ def test_nothing_changes_at_first_and_only_the_thin_matrices_are_trained(model):
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 2 * 7 and all(".lora_" in name and 3 in p.shape for name, p in trained)
     assert sum(p.numel() for _, p in trained) == count_parameters(model.config, 3)
-    # Attention's four, the MLP's three.
+    # Per layer, four projections of attention and three of the MLP.
     assert sum(isinstance(m, LoRALinear) for m in model.modules()) == 2 * 7
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_the_merged_models_by_the_chain_rule(checkpointing):
-    """W' = W + s B A, so dB = s dW' A^T and dA = s B^T dW'."""
+    """With W' = W + s B A, the chain rule gives dB = s dW' A^T and dA = s B^T dW'."""
     model = moved(tiny_model())
     plain = merged_model(model)
     prompts, answers = random_prompts(14, 30), random_prompts(3, 9, 1, 6, seed=1)
@@ -79,7 +79,7 @@ def test_in_bfloat16_the_thin_matrices_stay_float32_and_learn():
     model = tiny_model().to(torch.bfloat16)
     add_lora(model, 3)
     optimizer = MasterAdamW(list(model.parameters()))
-    assert not optimizer.hooks and len(optimizer.params) == 28  # float32: their own masters
+    assert not optimizer.hooks and len(optimizer.params) == 28  # float32 needs no masters
     for batch in microbatches(model, random_prompts(14), random_prompts(3, 9)):
         batch.logps.sum().backward()
     assert optimizer.step(1e-4, 1.0) > 0

@@ -1,5 +1,8 @@
-"""The plan of memory against counting: updates of real shapes, run on tensors that have shapes but no memory,
-and the toy's, run for real. (tests/test_real_model.py: a real model's, as the system counts it.)"""
+"""support/memory.py: the planned memory of an update against the counted bytes of its tensors.
+
+Real shapes run on tensors that have shapes but no memory. The toy runs on real tensors.
+tests/test_real_model.py compares a real model's plan with the memory of its process.
+"""
 
 import re
 import weakref
@@ -22,13 +25,13 @@ from support.memory import count_parameters, memory_rows, plan
 from support.optimizer import MasterAdamW
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied: Qwen2.5's
+SHAPES = {  # Qwen2.5: hidden, MLP, layers, heads, key-value heads, vocabulary, tied
     "0.5B": (896, 4864, 24, 14, 2, 151936, True), "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
     "7B": (3584, 18944, 28, 28, 4, 152064, False)}
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of live storages, and the most there ever were."""
+    """Counts the bytes of live tensor storages (`live`) and their maximum (`peak`)."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +54,10 @@ class Peak(TorchDispatchMode):
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """What a card's kernel keeps; a CPU build computes it in pieces, each of which it keeps."""
+    """Keeps the tensors that a GPU's fused RMSNorm kernel keeps for its backward pass: input and weight.
+
+    A CPU build computes RMSNorm in several operations and keeps the result of each.
+    """
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -71,13 +77,13 @@ def test_the_plan_of_an_update_is_within_15_percent_of_its_counted_peak(monkeypa
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied)
     monkeypatch.setattr(model_module, "rms_norm", lambda module, x: FusedRMSNorm.apply(x, module.weight))
-    P, T, G = 2200, 512, 16  # two micro-batches: the second finds the gradients of the first
+    P, T, G = 2200, 512, 16  # two micro-batches: the first's gradients exist during the second
     settings = TrainSettings(beta=0.0, offload=True, checkpointing=checkpointing, group_size=G,
                              max_num_seqs=G, microbatch_tokens=8 * T, prompt_batch_tokens=P,
                              max_prompt_tokens=P, max_new_tokens=T)
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        optimizer = MasterAdamW.__new__(MasterAdamW)  # its sums of gradients alone: the rest is in the host
+        optimizer = MasterAdamW.__new__(MasterAdamW)  # only its gradient sums: the rest is in host memory
         optimizer.grad_sums = {}
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(optimizer._accumulate)
@@ -91,8 +97,11 @@ def test_the_plan_of_an_update_is_within_15_percent_of_its_counted_peak(monkeypa
 
 
 def cpu_corrections(config, settings, layers):
-    """What a CPU needs beside the plan, which is a card's: it keeps each rms_norm's input and output, of the
-    layers that are not computed again, and its chunks of logits are smaller."""
+    """Bytes that a CPU needs beyond the plan, which is made for a GPU.
+
+    A CPU also keeps each rms_norm's input and output, in the layers that are not recomputed. Its chunks of
+    logits are smaller.
+    """
     tokens = settings.prompt_batch_tokens + settings.microbatch_tokens
     logits = 10 * (min(2**27, settings.microbatch_tokens * config.vocab_size) - 2**23)
     return 2 * config.hidden_size * 4 * tokens * layers - max(0, logits)
@@ -100,13 +109,13 @@ def cpu_corrections(config, settings, layers):
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_plan_is_within_15_percent_of_what_the_toys_update_holds(toy, checkpointing):
-    """Counted by storages: of so small a model the process's peak says more about the C library's slack."""
+    """Tensor storages are counted. A small model's process peak would depend on the C library's allocator."""
     P, T, G = 110, 64, 64
     settings = TrainSettings(beta=0.0, checkpointing=checkpointing, group_size=G, max_num_seqs=G,
                              microbatch_tokens=2048, prompt_batch_tokens=P, max_prompt_tokens=P,
                              max_new_tokens=T)
     config = toy.model.config
-    for _ in range(2):  # the first leaves gradients, as an earlier micro-batch does
+    for _ in range(2):  # the first pass leaves gradients, as a micro-batch does
         with Peak() as peak:
             for batch in microbatches(toy.model, [[1] * P], [[1] * T] * G, microbatch_tokens=2048,
                                       prompt_batch_tokens=P, checkpointing=checkpointing):
@@ -117,7 +126,7 @@ def test_the_plan_is_within_15_percent_of_what_the_toys_update_holds(toy, checkp
     assert planned == pytest.approx(peak.peak, rel=0.15)
 
 
-# --- what is chosen
+# --- the options that the plan chooses
 
 SEVEN_B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064,
            "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}
@@ -125,7 +134,7 @@ SEVEN_B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers":
 
 @pytest.fixture(scope="module")
 def seven_b(tmp_path_factory) -> str:
-    """A folder with nothing but the config.json of a 7B."""
+    """A folder that holds only the config.json of a 7B model."""
     folder = tmp_path_factory.mktemp("7b")
     Qwen2Config(**SEVEN_B, max_position_embeddings=32768).save_pretrained(folder)
     return str(folder)
@@ -140,7 +149,7 @@ def test_a_7b_fits_one_80_gb_card_by_itself_and_a_larger_card_is_used(capsys, se
     small, large = (planned(capsys, seven_b, "--memory", gib) for gib in ("79", "141"))
     assert "--offload --checkpointing" in small and "--no-checkpointing" in large
     host = float(re.search(r"together .* (\S+)", small).group(1))
-    assert 80 < host < 120  # of 128 GiB
+    assert 80 < host < 120  # must fit in 128 GiB
     assert "weights                      14.2     14.2" in small and "a save writes 99.3" in small
 
 
@@ -148,8 +157,8 @@ def test_a_7b_fits_one_80_gb_card_by_itself_and_a_larger_card_is_used(capsys, se
 def test_a_7b_fits_a_small_card_with_lora(capsys, seven_b, gib):
     out = planned(capsys, seven_b, "--memory", gib, "--lora-rank", "16")
     assert float(out.split("together")[1].split()[0]) < 0.95 * float(gib) and "--no-offload" in out
-    assert "gradients in float32          0.0      0.2" in out  # 40 million weights
-    assert "weights                      14.3     14.3" in out  # and they themselves
+    assert "gradients in float32          0.0      0.2" in out  # of 40 million LoRA weights
+    assert "weights                      14.3     14.3" in out  # including the LoRA weights
 
 
 def test_the_plan_of_eight_cards_splits_what_the_optimizer_holds(capsys, seven_b):
@@ -157,7 +166,7 @@ def test_the_plan_of_eight_cards_splits_what_the_optimizer_holds(capsys, seven_b
     assert "masters and moments          10.6     10.6" in out
     assert "gradients in float32          0.0     28.4" in out
     assert "79 GiB on each of 8 cards are free" in out and "--no-offload" in out
-    assert TrainSettings().gpus == 0  # what torchrun has started
+    assert TrainSettings().gpus == 0  # 0: as many as torchrun has started
 
 
 def test_flags_set_by_hand_are_obeyed_and_what_cannot_fit_is_refused_with_what_would(capsys, seven_b):
@@ -195,7 +204,7 @@ def test_a_cpu_has_no_second_memory_to_move_anything_to(toy):
 
 
 def test_processes_on_a_cpu_share_its_memory(toy, monkeypatch):
-    """What fits twice into a card's memory does not fit twice into the machine's."""
+    """Each GPU has its own memory, but all processes on a CPU share the machine's memory."""
     config = toy.model.config
     settings = TrainSettings(max_new_tokens=8, max_num_seqs=32, microbatch_tokens=64, prompt_batch_tokens=512,
                              max_prompt_tokens=504, checkpointing=False)

@@ -26,7 +26,7 @@ from support.download import hub_answers
 
 
 def plain_sample(model, prompt, uniforms, temperature, stop):
-    """The sampler without any trick: a full forward pass for every token."""
+    """Sample one answer without a cache: a full forward pass per token. Returns its ids."""
     written = []
     for u in uniforms:
         with torch.no_grad():
@@ -48,21 +48,22 @@ def test_cached_sampling_draws_the_tokens_of_a_full_forward_sampler(model, tempe
             assert answers[p][g].ids == wanted
             assert answers[p][g].finished == (wanted[-1] in stop)
     if temperature:
-        assert {len(c.ids) for row in answers for c in row} > {length}  # some ended early, some were cut
+        assert {len(c.ids) for row in answers for c in row} > {length}  # some ended early, some hit the limit
 
 
 @pytest.mark.parametrize("lengths", [(13, 40, 27, 9), (13, 13)])  # prompts of one length are padded too
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
 def test_in_bfloat16_tokens_and_their_log_probabilities_are_those_of_a_full_forward(lengths, temperature):
-    """Roundings differ, so each token is compared given our tokens before it, at a width of some roundings.
+    """Rounding differs, so each token is compared given our tokens before it, within a few rounding errors.
 
-    The places that bfloat16 adds to prompts and answers must stay out of sight, also after rows have left.
+    In bfloat16, prompts and answers are padded to a multiple of 8. No query may attend to this padding, also
+    after finished rows have left the batch.
     """
     model, group, length = tiny_model().to(torch.bfloat16), 6, 25
     prompts = random_prompts(*lengths)
     answers = sum(sample(model, prompts, group, length, temperature, [3, 5, 7, 11], seed=5), [])
     uniforms = torch.rand(len(answers), length, generator=torch.Generator().manual_seed(5))
-    assert len({len(answer.ids) for answer in answers}) > 1  # rows left before others
+    assert len({len(answer.ids) for answer in answers}) > 1  # some rows left early
     for row, answer in enumerate(answers):
         prompt, ids = prompts[row // group], torch.tensor(answer.ids)[:, None]
         with torch.no_grad():
@@ -71,7 +72,7 @@ def test_in_bfloat16_tokens_and_their_log_probabilities_are_those_of_a_full_forw
             assert (logits.amax(-1) - logits.gather(1, ids)[:, 0]).max() < 0.05
             continue
         probs = (logits / temperature).softmax(-1)
-        upper = probs.cumsum(-1).gather(1, ids)[:, 0]  # the uniform numbers that draw this token end here
+        upper = probs.cumsum(-1).gather(1, ids)[:, 0]  # upper end of the numbers that draw this token
         lower, drawn = upper - probs.gather(1, ids)[:, 0], uniforms[row, :len(ids)]
         assert (lower - drawn).max() < 0.03 and (drawn - upper).max() < 0.03
     if temperature:
@@ -97,7 +98,7 @@ def test_encoding_prompts_in_several_passes_changes_no_token(model, monkeypatch)
 
 def test_the_answers_room_grows_as_often_as_it_must(model):
     prompts = random_prompts(13, 22)
-    # More than the 32, 64 and 96 places it begins with.
+    # 130 tokens are more than the cache's first sizes of 32, 64 and 96 places.
     answers = sample(model, prompts, 2, 130, 1.0, [], seed=1)
     uniforms = torch.rand(4, 130, generator=torch.Generator().manual_seed(1))
     assert answers[1][1].ids == plain_sample(model, prompts[1], uniforms[3], 1.0, [])
@@ -138,12 +139,12 @@ def test_sampling_follows_the_distribution():
     for temperature in (1.0, 0.5):
         drawn = torch.bincount(pick_tokens(logits, temperature, uniforms)[0], minlength=4) / 20000
         torch.testing.assert_close(drawn, (logits[0] / temperature).softmax(0), atol=0.02, rtol=0)
-    # No impossible token, at the very edge.
+    # Even at the upper edge, a token without probability is not drawn.
     assert pick_tokens(logits[:1], 1.0, torch.tensor([0.9999999]))[0].item() < 3
 
 
 def test_bfloat16_logits_are_drawn_from_in_float32():
-    """Else sums over a vocabulary of some size are off by several tokens."""
+    """In bfloat16, the cumulative sum over a large vocabulary would be off by several tokens."""
     logits = torch.randn(50, 3000, generator=torch.Generator().manual_seed(0)).bfloat16()
     drawn, wanted = (pick_tokens(x, 0.7, torch.linspace(0, 0.99, 50)) for x in (logits, logits.float()))
     assert torch.equal(drawn[0], wanted[0]) and torch.equal(drawn[1], wanted[1])
@@ -157,7 +158,7 @@ def test_progress_counts_every_answer_once(model):
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations that make a GPU's host wait for a value."""
+    """Counts operations that would make the host wait for a value of the GPU."""
 
     count = 0
 
@@ -193,14 +194,14 @@ def test_rows_begun_later_read_no_places_that_only_older_rows_have_filled(model)
 
 
 def test_a_prompt_is_never_attended_to_by_cudnns_kernel():
-    """It gave NaN gradients on Hopper cards (pytorch issue 196678)."""
+    """cuDNN's kernel gave NaN gradients on Hopper cards (pytorch issue 196678)."""
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_decoding_in_bfloat16_keeps_its_scores_in_float32():
     torch.manual_seed(0)
     query, keys, values = torch.randn(1, 1, 4, 64), torch.randn(1, 1, 300, 64), torch.randn(1, 1, 300, 64)
-    keys += 20  # a bias all keys share: large scores
+    keys += 20  # an offset of all keys makes the scores large
     query, keys, values = (x.bfloat16() for x in (query.abs(), keys, values))
     exact = F.scaled_dot_product_attention(query.double(), keys.double(), values.double())
     out, _ = attend_part(query, keys, values, 64**-0.5)
@@ -208,7 +209,10 @@ def test_decoding_in_bfloat16_keeps_its_scores_in_float32():
 
 
 def shared_attention_problem(dtype=torch.float64):
-    """Prompts of 7 and 4 tokens (padded to 7), answers 0-2 and 3-4 of 5; 4 heads over 2 key-value heads."""
+    """Inputs of SharedAttention: two prompts of 7 and 4 tokens (padded to 7), five answers of 5 tokens.
+
+    Answers 0 to 2 belong to the first prompt, 3 and 4 to the second. There are 4 query and 2 key-value heads.
+    """
     generator = torch.Generator().manual_seed(0)
     sizes = (5, 4, 5, 8), (5, 2, 5, 8), (5, 2, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8)
     tensors = [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
@@ -216,7 +220,7 @@ def shared_attention_problem(dtype=torch.float64):
 
 
 def plain_attention(query, key, value, prompt_keys, prompt_values, parts, scaling):
-    """Each answer by itself: one softmax over its own copy of the prompt's keys and its own."""
+    """Attention of each answer alone: one softmax over the prompt's keys and the answer's keys."""
     outputs = []
     for prompt, rows, length in parts:
         for r in range(rows.start, rows.stop):
@@ -241,7 +245,10 @@ def test_attention_in_two_parts_and_its_gradients_are_those_of_one_softmax():
 
 
 def test_half_precision_weights_sum_to_one_in_the_backward_pass():
-    """Else every value's gradient is off: summed over all values, sum P * grad must be the sum of grad."""
+    """If the weights did not sum to one, every value's gradient would be off.
+
+    Summed over all values, P * grad must give the sum of grad.
+    """
     (query, key, value, keys, values), parts = shared_attention_problem(torch.bfloat16)
     out = SharedAttention.apply(query * 4, key + 5, value, keys + 5, values, parts, 1.0)
     grad = torch.ones_like(out)
@@ -280,7 +287,7 @@ def problem():
 
 
 def naive_gradients(model, prompts, answers, advantages, ref, beta) -> list[torch.Tensor]:
-    """Every answer with its own copy of the prompt, one plain forward pass each."""
+    """Gradients of the GRPO loss by one plain forward pass per answer, over prompt and answer."""
     model, losses = copy.deepcopy(model), []
     for row, answer in enumerate(answers):
         logps = full_logps(model, prompts[row // 3], answer)[None]
@@ -323,7 +330,7 @@ def test_projecting_in_chunks_changes_no_gradient(model, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"max_tokens": 1}, {"max_tokens": 60},
                                      {"max_tokens": 60, "checkpointing": True}])
 def test_supervised_losses_and_gradients_are_those_of_a_plain_forward_pass(model, options):
-    """One answer per prompt: cross-entropy on the answers' tokens, the end token's included."""
+    """With one answer per prompt, the loss is the cross-entropy of its tokens, including the end token."""
     prompts, answers = random_prompts(14, 30, 8), random_prompts(3, 9, 1, seed=1)
     other, total = copy.deepcopy(model), 0.0
     for loss in answer_losses(model, prompts, answers, **options):
@@ -358,7 +365,7 @@ def test_bfloat16_gradients_point_where_float32_ones_do(model):
 
 
 def test_a_checkpointed_prompt_keeps_no_second_graph_alive(monkeypatch):
-    """The backward pass computes each layer again; the keys it then sees would hold the whole graph."""
+    """The backward pass recomputes each layer. If its keys stayed alive, they would keep the whole graph."""
     model, made, alive = tiny_model(num_key_value_heads=4), [], []
     honest = F.scaled_dot_product_attention
 
@@ -369,7 +376,7 @@ def test_a_checkpointed_prompt_keeps_no_second_graph_alive(monkeypatch):
     monkeypatch.setattr(model_module.F, "scaled_dot_product_attention", watched)
     encoded = encode_prompts(model, random_prompts(20), checkpointing=True)
     first = len(made)
-    embedding = model.get_input_embeddings().weight  # its gradient is the last to come
+    embedding = model.get_input_embeddings().weight  # its gradient is computed last
     embedding.register_post_accumulate_grad_hook(
         lambda _: alive.extend(key() is not None for key in made[first:]))
     encoded.last_hidden.sum().backward()
@@ -378,7 +385,7 @@ def test_a_checkpointed_prompt_keeps_no_second_graph_alive(monkeypatch):
 
 def test_chunks_are_as_large_as_they_may_be():
     prompts = random_prompts(10, 10, 30, 5, 50)
-    assert list(chunks(prompts, 60)) == [slice(0, 2), slice(2, 4), slice(4, 5)]  # 2 x 30 fits, 3 do not
+    assert list(chunks(prompts, 60)) == [slice(0, 2), slice(2, 4), slice(4, 5)]  # 2 x 30 fit, 3 x 30 do not
     assert list(chunks(prompts, 1)) == [slice(i, i + 1) for i in range(5)]
     assert list(chunks(prompts, 10**6)) == [slice(0, 5)] and list(chunks([], 9)) == []
 
@@ -387,7 +394,7 @@ def test_the_end_token_has_a_gradient_where_pad_and_end_are_one_token(model):
     assert model.config.pad_token_id == model.config.eos_token_id == 3
     prompt, answer = random_prompts(9)[0], [*random_prompts(4, seed=1)[0], 3]
     for batch in microbatches(model, [prompt], [answer]):
-        (-batch.logps[0, 4]).backward()  # of the end token alone
+        (-batch.logps[0, 4]).backward()  # the end token alone
     got = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     (-full_logps(model, prompt, answer)[4]).backward()
@@ -408,21 +415,21 @@ def test_entropy_is_that_of_the_distribution():
 def test_decode_drops_the_end_token_of_a_finished_answer_and_no_other(toy):
     ids = toy.tokenizer("rain bread")["input_ids"]
     assert toy.decode(Completion([*ids, 1], True)) == "rain bread"
-    assert toy.decode(Completion(ids, False)) == "rain bread"  # cut off: its last token is text
-    assert toy.decode(Completion([*ids, 5], True)) == "rain bread"  # whichever id ended it
+    assert toy.decode(Completion(ids, False)) == "rain bread"  # hit the limit: its last token is text
+    assert toy.decode(Completion([*ids, 5], True)) == "rain bread"  # any id can have ended it
 
 
 def test_every_end_of_turn_token_ends_an_answer(toy):
     toy.model.generation_config.eos_token_id, toy.model.config.eos_token_id = 5, [6, 7]
-    toy.tokenizer.add_tokens(["<|eot_id|>"])  # a turn's end, as is <|end|>, which is 1
-    toy.tokenizer.eos_token = "<think>"  # 3
+    toy.tokenizer.add_tokens(["<|eot_id|>"])  # another end of turn, beside <|end|> (id 1)
+    toy.tokenizer.eos_token = "<think>"  # id 3
     assert model_module.find_stop_ids(toy.model, toy.tokenizer) == [1, 3, 5, 6, 7, 68]
 
 
 def test_a_supervised_answer_ends_as_a_turn_does(toy):
-    """With <|im_end|> where there is one: a base model's own end token stands at the end of a document."""
+    """It ends with <|im_end|> if the tokenizer has it. A base model's end token is the end of a document."""
     agent = Agent(toy.model, toy.tokenizer, [0, 1])
-    assert agent.end_id == 1  # the tokenizer's
+    assert agent.end_id == 1  # the tokenizer's end token
     toy.tokenizer.add_tokens(["<|im_end|>"])
     assert agent.end_id == 68
 
@@ -473,10 +480,10 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(saved, capfd):
     with pytest.raises(InputError, match=rf"{name} is \[5, 64\] in its weights, \[128, 64\] by its config"):
         load_agent(str(saved), "cpu")
     save_file(weights, saved / "model.safetensors", {"format": "pt"})
-    changed_config(saved, tie_word_embeddings=False)  # a head of its own, which the file does not have
+    changed_config(saved, tie_word_embeddings=False)  # untied: the head is missing in the file
     with pytest.raises(InputError, match="lm_head.weight"):
         load_agent(str(saved), "cpu")
-    assert "MISSING" not in capfd.readouterr().err  # ours is the only line
+    assert "MISSING" not in capfd.readouterr().err  # transformers prints no table
 
 
 def test_quantised_weights_are_refused_in_one_line(saved):
@@ -489,7 +496,7 @@ def test_quantised_weights_are_refused_in_one_line(saved):
 
 
 def test_a_hub_name_without_a_network_is_one_line_within_seconds(monkeypatch):
-    """The hub's client would try again and again for half a minute."""
+    """The hub's client would retry for half a minute."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("urllib.request.getproxies", dict)

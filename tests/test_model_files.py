@@ -1,4 +1,4 @@
-"""The files of a model folder: absent, damaged, or of another kind."""
+"""Faults in the files of a model folder: missing, damaged, or of another kind."""
 
 import re
 
@@ -24,7 +24,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 400000
     ("model.safetensors", b"Repository not found", "cannot be read.*header"),
     ("config.json", b'{"model_type": "qwen2", "hid', "not JSON.*not whole"),
     ("config.json", '{"model_type": "qwen2"}'.encode("utf-16"), "not JSON in UTF-8"),
-    ("config.json", b"[" * 100_000, "not JSON"),  # deeper than Python goes
+    ("config.json", b"[" * 100_000, "not JSON"),  # deeper than Python's recursion limit
     ("config.json", b"[1, 2]", r"holds \[1, 2\], not a JSON object"),
     ("tokenizer.json", b"\xff\x80" * 20, "not JSON in UTF-8"),
     ("tokenizer_config.json", b"null", "holds null"),
@@ -39,7 +39,7 @@ def test_a_file_that_is_absent_is_named_with_those_that_are_there(saved, refusal
     for file in ("model.safetensors", "tokenizer.json", "config.json"):
         (saved / file).rename(saved / "aside")
         assert re.match(rf"there is no {file} in this folder, only aside, .*\.json", refusal(saved))
-        (saved / file).symlink_to("/nowhere")  # as in a cache of which a part was deleted
+        (saved / file).symlink_to("/nowhere")  # as in a partly deleted cache of the hub
         assert file not in refusal(saved).partition("only ")[2].split(", ")
         (saved / "aside").rename(saved / file)
     inside = saved.parent / "run" / "checkpoint"
@@ -52,7 +52,7 @@ def test_a_shard_that_is_absent_or_a_pointer_is_named(saved, refusal):
     names = load_file(saved / "model.safetensors")
     change(saved / "model.safetensors.index.json", metadata={},
            weight_map=dict.fromkeys(names, "model-00001-of-00001.safetensors"))
-    load_agent(str(saved), "cpu")  # with model.safetensors the index is not read
+    load_agent(str(saved), "cpu")  # the index is not read if model.safetensors exists
     (saved / "model.safetensors").rename(saved / "aside")
     assert refusal(saved).startswith("model-00001-of-00001.safetensors cannot be read")
     (saved / "model-00001-of-00001.safetensors").write_bytes(LFS)

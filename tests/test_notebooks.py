@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom against the code as it is now, and show what they say they show."""
+"""The notebooks run from top to bottom with the present code, and their stored outputs are up to date."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ pytest.importorskip("ipykernel")
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-# argv: a notebook, and where the executed one is to be written.
+# argv: a notebook, and the path to which the executed notebook is written.
 EXECUTE = """
 import os, sys, nbclient, nbformat
 notebook = nbformat.read(sys.argv[1], as_version=4)
@@ -28,7 +28,7 @@ def execute(folder, path):
 
 
 def printed(cell):
-    """What a code cell shows as text, pictures and warnings left out."""
+    """The text that a code cell shows, without pictures and warnings."""
     texts = [output["text"] if output.output_type == "stream" and output["name"] == "stdout"
              else output.get("data", {}).get("text/plain", "")
              for output in cell.outputs]
@@ -46,7 +46,7 @@ def test_there_are_notebooks():
 @pytest.mark.beside(command=execute)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_runs_and_prints_what_is_stored_in_it(path, beside):
-    """A stored output must be the present one, but for a cell tagged "varies" (times, hardware)."""
+    """Stored outputs must equal new ones, except in cells tagged "varies" (times, hardware)."""
     assert beside.returncode == 0, beside.stderr
     executed = nbformat.read(beside.folder / "executed.ipynb", as_version=4)
     as_saved = nbformat.read(path, as_version=4)

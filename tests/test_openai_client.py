@@ -1,4 +1,4 @@
-"""Servers of other people's making: what they refuse, how they answer, when they are asked again."""
+"""The client for OpenAI-compatible servers: refused fields, addresses and keys, faults, retries."""
 
 import contextlib
 import json
@@ -34,11 +34,11 @@ def test_a_server_is_the_policy(server, monkeypatch, capsys):
     assert Reranker("second", server=server).client.model == "second"
 
 
-# --- what they refuse
+# --- fields that a server refuses
 
 
 def refused(field, code, error):
-    """A rule: the server refuses a body with this field."""
+    """A rule for Fake: it refuses requests with this field."""
     return lambda body: (code, error) if field in body else None
 
 
@@ -94,7 +94,7 @@ def test_what_was_asked_for_is_not_left_out(server, capsys, monkeypatch):
     rules = [refused("max_tokens", 400, MAX_TOKENS),
              refused("max_completion_tokens", 400, {"error": "extra input max_completion_tokens"})]
     monkeypatch.setattr(Fake, "rule", staticmethod(lambda body: rules[0](body) or rules[1](body)))
-    window = first_window(server, model="m")  # an answer without an end cannot be asked for
+    window = first_window(server, model="m")  # a request needs a limit on the answer
     assert window.status == "error" and "max_completion_tokens" in window.error and len(Fake.seen) == 3
 
 
@@ -132,7 +132,7 @@ def test_a_refused_system_turn_begins_the_first_user_turn(server, capsys, monkey
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-# --- which model, at which address, with which key
+# --- model, address and key
 
 
 @pytest.mark.parametrize("code, body", [
@@ -214,7 +214,7 @@ def test_a_key_that_cannot_be_sent_is_one_line_that_does_not_show_it(server, mon
     assert Server(server, "m").key == "good"
 
 
-# --- faults, and which of them may pass
+# --- faults, and which of them are retried
 
 
 def fails(code, **head):
@@ -239,7 +239,7 @@ def stalls(handler):
     stalls,
     lambda handler: handler.send(200, b"<html>busy</html>", "text/html"), [1, 2]])
 def test_what_may_pass_is_tried_again(server, monkeypatch, bad):
-    time.sleep_really = threading.Event().wait  # `time.sleep` itself is a stand-in here
+    time.sleep_really = threading.Event().wait  # `time.sleep` is replaced in this test
     Fake.script = [bad, bad]
     window = Reranker(server=server, timeout=0.3).rank("q", ["a", "b"]).windows[0]
     assert window.status == "ok" and len(Fake.seen) == 3
@@ -334,7 +334,7 @@ def test_so_many_requests_are_in_flight_and_each_window_gets_its_own_answer(serv
     three, four, crowded = threading.Barrier(3, timeout=10), threading.Barrier(4), []
 
     def by_query(body):
-        three.wait()  # for two more
+        three.wait()  # wait for two more requests
         with contextlib.suppress(threading.BrokenBarrierError):
             crowded.append(four.wait(0.2))
         number = int(re.search(r'query: "(\d+)"', body["messages"][-1]["content"])[1])
@@ -371,12 +371,12 @@ def test_errors_of_a_server_are_counted_and_end_with_status_1(server, tmp_path, 
     told = capsys.readouterr()
     assert "1 error" in told.out and "HTTP 400" in told.err and len(read_run(tmp_path / "r")) == 3
     before = len(Fake.seen)
-    assert rearank.main([*files, "--concurrency", "1", "--resume"]) == 0  # what had no answer is asked again
+    assert rearank.main([*files, "--concurrency", "1", "--resume"]) == 0  # asks from the failed query on
     assert len(Fake.seen) == before + 3 and "0 error" in capsys.readouterr().out
 
 
 def test_a_server_that_answers_nothing_is_not_asked_for_every_query(server, tmp_path, capsys):
-    """Such as a wrong address. The run can be resumed, and no prompt is blamed."""
+    """The address may be wrong. The run can be resumed, and the message does not blame the prompt."""
     write_candidates(tmp_path / "c.jsonl", toy_task(20, 3, seed=0)[0])
     Fake.script = [fails(404)] * 20
     files = ["--input", str(tmp_path / "c.jsonl"), "--output", str(tmp_path / "r"), "--server", server,

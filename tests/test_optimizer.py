@@ -1,4 +1,4 @@
-"""AdamW over float32 masters. (tests/test_distributed.py: on several ranks.)"""
+"""AdamW over float32 master weights, in one process. (Several ranks: tests/test_distributed.py.)"""
 
 import copy
 
@@ -12,7 +12,7 @@ from support.optimizer import MasterAdamW
 def test_bfloat16_weights_move_by_updates_smaller_than_their_spacing():
     weight = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
     optimizer = MasterAdamW([weight])
-    # AdamW moves each weight by lr: 600 times 1e-5 is 0.006, the spacing below 1 is 0.004.
+    # AdamW moves each weight by lr per step: 600 times 1e-5 is 0.006. bfloat16's spacing below 1 is 0.004.
     for _ in range(600):
         weight.float().sum().backward()
         optimizer.step(1e-5, 1e9)
@@ -46,7 +46,7 @@ def test_float32_training_is_torchs_adamw_with_the_gradient_clipped(model, betas
         for m in (model, other):
             m(torch.tensor(random_prompts(9))).logits.square().mean().mul(10**step).backward()
         norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.5)
-        assert ours.step(1e-3, 0.5) == pytest.approx(float(norm), rel=1e-5)  # the norm before the clipping
+        assert ours.step(1e-3, 0.5) == pytest.approx(float(norm), rel=1e-5)  # the norm before clipping
         theirs.step()
         theirs.zero_grad()
     for a, b in zip(model.parameters(), other.parameters()):

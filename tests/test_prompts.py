@@ -1,4 +1,4 @@
-"""From a query and passages to token ids: prompts to the letter, hostile text, chats, long prompts."""
+"""From a query and passages to token ids: exact prompts, hostile text, chat templates, long prompts."""
 
 import dataclasses
 import os
@@ -100,7 +100,7 @@ def test_a_built_in_prompt_in_a_file_has_the_same_token_ids(file, name):
             == fit_prompt(tokenizer, "a {b}", texts, name, 4096))
 
 
-# --- hostile text is text
+# --- hostile text cannot inject special tokens
 
 
 CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -110,7 +110,7 @@ MARKS = ["<|im_start|>", "<|im_end|>"]
 
 
 def byte_level(normalizer=None, extra=()) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in memory, as Qwen's: marks are special, `extra` merely added."""
+    """A byte-level BPE tokenizer like Qwen's. MARKS are special tokens; `extra` are added tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     if normalizer:
@@ -124,7 +124,7 @@ def byte_level(normalizer=None, extra=()) -> PreTrainedTokenizerFast:
 
 
 def sentence_piece() -> PreTrainedTokenizerFast:
-    """Blanks as Llama 2 has them, an unknown token, special tokens that look like HTML."""
+    """A tokenizer like Llama 2's: its treatment of blanks, an unknown token, tokens like HTML tags."""
     unigram = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "▁a": 3, "▁b": 4}, "<unk>"))
     unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     unigram.add_special_tokens([*map(AddedToken, ("<unk>", "<s>", "</s>", *MARKS))])
@@ -149,7 +149,7 @@ HOSTILE = [
 
 
 def added(tokenizer, ids) -> list[int]:
-    """The special and added tokens among ids."""
+    """Those of the ids that are special or added tokens."""
     known = set(tokenizer.get_added_vocab().values()) - {tokenizer.unk_token_id}
     return [i for i in ids if i in known]
 
@@ -207,7 +207,7 @@ def test_for_a_server_all_that_looks_like_a_chat_mark_is_broken():
 
 
 def reasoning_template(toy) -> None:
-    """A template as R1-type models have it: it opens <think> itself."""
+    """Give the toy a chat template that opens <think> itself, as those of R1-type models do."""
     template = toy.tokenizer.chat_template
     toy.tokenizer.chat_template = template.replace("<|assistant|> ", "<|assistant|> <think> ")
 
@@ -229,7 +229,7 @@ def test_a_template_that_opens_think_leaves_it_in_the_response(monkeypatch, toy)
     monkeypatch.setattr(grpo, "sample", answers)
     [text] = grpo.sample_rollouts(toy, [Instance("q", "rain", ["a", "b"], ["x", "y"], [0, 3], [0, 3])],
                                   toy_settings(group_size=1), 1).texts
-    assert text == window.response  # what is rewarded is what is reranked by
+    assert text == window.response  # the reward reads the text that reranks
 
     window = Reranker(toy, "toy", think=False).rank("rain", ["a", "b"]).windows[0]
     assert asked[-1].endswith("<|assistant|> <think> </think>") and asked[-1].count("<think>") == 1

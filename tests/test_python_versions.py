@@ -1,4 +1,4 @@
-"""The code runs on Python 3.10, which transformers 5 still supports: later syntax and later library calls."""
+"""No file uses syntax or library calls newer than Python 3.10, which transformers 5 still supports."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [path for folder in (".", "support", "tests", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
-# What the standard library got in 3.11 to 3.13, as far as code like ours would reach for it.
+# Additions to the standard library in Python 3.11 to 3.13 that code like ours might use.
 LATER_MODULES = {"tomllib"}
 LATER_NAMES = {"batched", "chdir", "file_digest", "StrEnum", "ReprEnum", "ExceptionGroup", "BaseExceptionGroup",
                "TaskGroup", "Self", "Never", "LiteralString", "NotRequired", "assert_never", "override", "add_note",
@@ -19,7 +19,7 @@ LATER_KEYWORDS = {"rmtree": {"onexc"}, "walk": {"walk_up"}, "fmean": {"weights"}
 
 
 def later_than_3_10(source: str) -> list[str]:
-    """What in this source Python 3.10 would refuse, as far as the lists above know. SyntaxError for syntax."""
+    """Names in this source that Python 3.10 lacks, by the lists above. SyntaxError if it lacks the syntax."""
     found = []
     for node in ast.walk(ast.parse(source, feature_version=(3, 10))):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""A real model's tokenizer, template and weights, where REARANK_TEST_MODEL names its folder."""
+"""Checks of a real model's tokenizer, template and weights. REARANK_TEST_MODEL names its folder."""
 
 import importlib.util
 import os
@@ -30,7 +30,7 @@ PASSAGES = ["Beeswax candles smell of honey.", "Foragers bring nectar to the hiv
 
 @pytest.fixture(scope="module")
 def agents():
-    """The model in both precisions."""
+    """{dtype: the model in this precision}."""
     return {dtype: load_agent(FOLDER, "cpu", dtype) for dtype in ("float32", "bfloat16")}
 
 
@@ -81,7 +81,7 @@ def test_an_update_in_bfloat16_and_its_checkpoint(agents, tmp_path):
 
 @pytest.mark.parametrize("dtype, mean, largest", [("float32", 1e-4, 1e-3), ("bfloat16", 0.1, 1.0)])
 def test_the_sampler_and_the_update_agree_on_log_probabilities(agents, dtype, mean, largest):
-    """What log.csv's logp_diff and logp_diff_max say. In bfloat16: 0.034 and 0.16 (2026-11-25)."""
+    """The log's logp_diff and logp_diff_max measure this. In bfloat16: 0.034 and 0.16 (2026-11-25)."""
     agent = agents[dtype]
     prompt = encode_prompt(agent.tokenizer, QUERY, PASSAGES)
     [answers] = sample(agent.model, [prompt], 4, 24, 1.0, agent.stop_ids, seed=1)
@@ -108,10 +108,10 @@ def update(P, T, G):
         batch.logps.sum().backward()
 
 model = load_agent(sys.argv[1], "cpu", "float32").model
-update(8, 4, 2)  # gradients, as of an earlier micro-batch
+update(8, 4, 2)  # leaves gradients, as an earlier micro-batch does
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 update(2200, 128, 8)
-status = open("/proc/self/status").read()  # getrusage's maximum would begin at the parent's size
+status = open("/proc/self/status").read()  # getrusage's maximum starts at the parent's size
 print(int(status.split("VmHWM:")[1].split()[0]) * 1024 - before)
 """
 
@@ -129,8 +129,8 @@ def test_the_plan_is_within_15_percent_of_what_the_process_takes(again):
     planned += cpu_corrections(config, settings, 1 if again else config.num_hidden_layers)
     done = subprocess.run([sys.executable, "-c", UPDATE.format(again=again), FOLDER], capture_output=True,
                           text=True, check=True, cwd=Path(__file__).parents[1],
-                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"})  # freed is given back
-    standing = 8 * count_parameters(config)  # weights and gradients, which were there before
+                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"})  # return freed memory
+    standing = 8 * count_parameters(config)  # weights and gradients, which existed before
     assert planned + standing == pytest.approx(int(done.stdout) + standing, rel=0.15)
 
 
@@ -148,7 +148,7 @@ def test_a_real_server_is_a_policy():
                 assert process.poll() is None and time.time() < deadline
                 try:
                     reranker = Reranker(server=f"http://127.0.0.1:{port}/v1", max_new_tokens=12)
-                except InputError:  # not up yet
+                except InputError:  # the server is not ready yet
                     time.sleep(0.5)
             ranking = reranker.rank(QUERY, PASSAGES)
         finally:

@@ -1,4 +1,4 @@
-"""The agent: sliding windows, the reranker, a run on disk that can be resumed, the command line."""
+"""Sliding windows and top-down partitioning, the reranker, and its command line."""
 
 import dataclasses
 import gzip
@@ -35,7 +35,7 @@ def test_every_rank_is_in_a_window_and_neighbours_overlap_for_every_list_length(
         assert [end for _, end in bounds] == list(range(n, n - stride * len(bounds), -stride))
         assert all(start == max(0, end - window) for start, end in bounds)
         assert set().union(*(range(*b) for b in bounds)) == (set(range(n)) if n > 1 else set())
-        # Rank 0 is reached once, at last.
+        # Rank 0 is in one window only, the last.
         assert n < 2 or [start for start, _ in bounds].index(0) == len(bounds) - 1
 
 
@@ -53,7 +53,7 @@ def test_the_windows_ranked_are_the_windows_counted():
 
 @pytest.mark.parametrize(("window", "stride"), [(4, 2), (5, 5), (20, 10), (3, 1)])
 def test_good_passages_bubble_up_by_at_most_window_minus_stride(window, stride):
-    items = list(range(50))  # the larger the better; the best stands last
+    items = list(range(50))  # larger is better; the best comes last
     result = sliding_window(items, lambda w: sorted(range(len(w)), key=lambda i: -w[i]), window, stride)
     assert sorted(result) == items
     assert result[:window - stride] == sorted(items, reverse=True)[:window - stride]
@@ -90,7 +90,7 @@ def test_top_down_of_100_in_ideal_order_are_six_calls_in_two_rounds():
     seen = []
     assert top_down(list(range(100)), perfect(seen)) == list(range(100))
     assert [len(present) for present in seen] == [20, 20, 20, 20, 20, 5]
-    assert all(present[0] == 9 for present in seen[1:])  # the pivot, the tenth of the first window
+    assert all(present[0] == 9 for present in seen[1:])  # the pivot: rank 10 of the first window
 
 
 def test_top_down_with_a_policy_that_answers_nothing_moves_nothing():
@@ -100,7 +100,7 @@ def test_top_down_with_a_policy_that_answers_nothing_moves_nothing():
 
 
 def test_top_down_keeps_the_order_of_what_is_not_among_the_first():
-    """12 is ranked above the pivot 2: the candidates are 1, 2 and 12."""
+    """Item 12 is ranked above the pivot 2, so the candidates are 1, 2 and 12."""
     seen, better = [], [12, 1, 2, 3, 4, 5, 6, 7, 8]
     found = top_down([1, 2, 3, 4, 8, 12, 7, 6, 5], lambda w: seen.append(list(w)) or sorted(
         range(len(w)), key=lambda i: better.index(w[i])), 4)
@@ -236,7 +236,7 @@ WITHOUT_EFFECT = [
 @pytest.mark.parametrize("mode, option, reason", WITHOUT_EFFECT)
 def test_an_option_without_effect_is_refused_in_one_line_before_anything_is_done(tmp_path, monkeypatch, mode,
                                                                                 option, reason):
-    monkeypatch.chdir(tmp_path)  # where neither c.jsonl nor lines.txt is
+    monkeypatch.chdir(tmp_path)  # c.jsonl and lines.txt do not exist here
     for name in ("load_agent", "Server", "read_candidates", "read_text"):
         monkeypatch.setattr(rearank, name, lambda *_: pytest.fail("too late"))
     with pytest.raises(InputError) as refusal:
@@ -283,7 +283,7 @@ def test_nothing_is_written_where_the_reranker_cannot_be_made(toy, tmp_path, mon
     with pytest.raises(InputError, match=words):
         rearank.main(command)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["c.jsonl", "m"]
-    rerank_file(settings_of(tmp_path, output="folder/r"), toy)  # and a run that is there stays
+    rerank_file(settings_of(tmp_path, output="folder/r"), toy)  # an existing run is not changed
     before = {path: path.read_bytes() for path in Path("folder").iterdir()}
     with pytest.raises(InputError, match=words):
         rearank.main(command)
@@ -312,7 +312,7 @@ def test_counts_go_straight_into_pipes_and_into_our_own_output(toy, tmp_path, mo
     assert json.loads(os.read(reader, 9999))["queries"] == 4 and (tmp_path / "pipe").is_fifo()
     os.close(reader)
     capfd.readouterr()
-    rearank.main([*options, "--stats", "/dev/fd/1"])  # here a file, which is not to be cut or replaced
+    rearank.main([*options, "--stats", "/dev/fd/1"])  # here a file, which must not be truncated
     printed = capfd.readouterr().out
     assert printed.startswith("4 queries, ") and json.loads(printed[printed.index("{"):])["queries"] == 4
 
@@ -330,7 +330,7 @@ def test_lines_of_text_are_ranked_and_printed_with_what_is_said_of_them(toy, tmp
     assert "  1. [3] the rain\n     [2] says rain.\n" in capsys.readouterr().out
     rearank.main([*command, "--format", "json"])
     assert [row["line"] for row in json.loads(capsys.readouterr().out)] == [3, 1]
-    rearank.main([*command, "--top-k", "1", "--format", "json"])  # the lines behind the first are kept
+    rearank.main([*command, "--top-k", "1", "--format", "json"])  # all lines are printed
     assert [row["line"] for row in json.loads(capsys.readouterr().out)] == [1, 3]
     for missing, word in ((["--query", "q"], "DOCUMENTS"), (["--input", "x"], "--output"), ([], "--input")):
         with pytest.raises(InputError, match=word):
@@ -345,7 +345,7 @@ def test_standard_input_is_read_as_a_file_is(toy, tmp_path, capsys, monkeypatch)
     for name, given in (("plain", content), ("packed", gzip.compress(content))):
         (tmp_path / name).write_bytes(given)
         printed = []
-        for documents in (str(tmp_path / name), "-"):  # the stream's own decoder knows only ASCII
+        for documents in (str(tmp_path / name), "-"):  # sys.stdin's own decoder accepts only ASCII
             monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given), "ascii"))
             assert rearank.main([*command, documents]) == 0
             printed.append(capsys.readouterr().out)
@@ -355,7 +355,7 @@ def test_standard_input_is_read_as_a_file_is(toy, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("a\nb".encode("utf-16")), "ascii"))
     with pytest.raises(InputError, match="^standard input: looks like UTF-16"):
         rearank.main([*command, "-"])
-    monkeypatch.setattr("sys.stdin", None)  # closed
+    monkeypatch.setattr("sys.stdin", None)  # standard input is closed
     assert rearank.main([*command, "-"]) == 0 and capsys.readouterr().out == "[]\n"
 
 

@@ -1,4 +1,4 @@
-"""The recipe for one's own documents in docs/rerank.md: the code that stands there, executed."""
+"""Executes the recipe of docs/rerank.md, which turns a folder of documents into candidates."""
 
 import re
 from pathlib import Path

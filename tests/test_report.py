@@ -1,4 +1,4 @@
-"""report.py: ranks replayed, sentences found, NDCG as in eval.py, text that stays text; a browser too."""
+"""report.py: the passages' paths, sentences, NDCG as in eval.py, escaped text, the page in a browser."""
 
 import doctest
 import gzip
@@ -47,7 +47,7 @@ def a_window(qid: str, docids: list[str], order: list[str], reasoning: str = "",
 
 
 def overlapping() -> list[dict]:
-    """Five passages, two windows of three: e rises from rank 5 to 3, then to 1."""
+    """Rows of a trace: query q1 has five passages and two windows of three; e rises from rank 5 to 3 to 1."""
     return [a_query("q1", [*"abcde"], [*"eabcd"]),
             a_window("q1", [*"cde"], [*"ecd"], "[1] is dull. [3] says it all! See also [1, 3]."),
             a_window("q1", [*"abe"], [*"eab"], "[3] is best."), a_query("q2", ["x"], ["x"])]
@@ -112,7 +112,7 @@ def test_the_sentences_together_are_the_text(text):
 
 
 def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(report) == (0, 1)  # and of `sentences`: test_reward.py
+    assert doctest.testmod(report) == (0, 1)  # test_reward.py runs those of `sentences`
 
 
 # --- labels and NDCG
@@ -121,7 +121,7 @@ def test_the_examples_in_the_docstrings():
 def test_labels_and_ndcg_before_and_after_are_those_of_the_runs_in_eval(tmp_path):
     rng, rows, before, after, qrels = random.Random(5), [], {}, {}, {}
     for qid in ("1", "2", "unjudged"):
-        docids = [f"doc {i} é" for i in rng.sample(range(99), 30)]  # TREC files hold _ for the spaces
+        docids = [f"doc {i} é" for i in rng.sample(range(99), 30)]  # TREC files have _ for spaces
         before[qid], after[qid] = docids, rng.sample(docids, 30)
         rows.append(a_query(qid, docids, after[qid]))
         qrels[qid] = {docid: rng.randrange(-1, 4) for docid in rng.sample(docids, 20)} | {"not found": 3}
@@ -146,7 +146,7 @@ def test_unjudged_passages_in_the_top_10_are_counted_before_and_after():
     assert describe(query, {f"d{i}": 0 for i in range(12)})["unjudged"] == [0, 3]
 
 
-# --- what the page holds
+# --- contents of the page
 
 
 def test_a_window_knows_its_ranks_its_prompts_numbers_and_its_answer_word_for_word(tmp_path):
@@ -197,7 +197,7 @@ def test_half_a_surrogate_pair_does_no_harm(tmp_path):
 
 def test_the_page_loads_nothing_from_elsewhere():
     assert not re.search(r"https?:|//\w|@import|url\(|\bsrc=|<link|fetch\(|XMLHttp|import\(", report.PAGE)
-    assert "content=\"default-src 'unsafe-inline'\"" in report.PAGE, "and the browser is told to refuse it"
+    assert "content=\"default-src 'unsafe-inline'\"" in report.PAGE, "the browser must refuse other sources"
 
 
 # --- bad input
@@ -244,7 +244,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path):
 @pytest.mark.parametrize("kept", [5, 40, -1])
 def test_half_a_line_at_the_end_is_left_out_with_a_note(tmp_path, capsys, kept):
     half = LINES[2].replace("best", "bést").encode()[:kept]
-    for cut in (half, half + "é".encode()[:1]):  # in the middle of a character too
+    for cut in (half, half + "é".encode()[:1]):  # also cut inside a character
         (tmp_path / "t").write_bytes("\n".join(LINES[:2]).encode() + b"\n" + cut)
         [query] = read_queries(tmp_path / "t")
         assert len(query["windows"]) == 1 and f"{tmp_path / 't'}:3: cut off" in capsys.readouterr().err
@@ -285,7 +285,7 @@ def test_the_page_is_written_through_links_and_straight_into_pipes(tmp_path, cap
     assert len(data_in((tmp_path / "store" / "page.html").read_text())["queries"]) == 2
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    with pytest.raises(InputError, match="would overwrite"):  # also where it would through a link
+    with pytest.raises(InputError, match="would overwrite"):  # also through a link
         (tmp_path / "link").symlink_to(path)
         report.main([str(path), "--output", str(tmp_path / "link")])
     report.main([str(path), "--output", str(tmp_path / "pipe")])
@@ -334,7 +334,7 @@ def test_what_rearank_writes_is_read(tmp_path, toy):
 
 
 def seen(html: str, keys: str = "", **fragment) -> tuple[str, list[str]]:
-    """(title and text of the page as headless Chromium shows it, its address' fragment after each key)."""
+    """Show a page in headless Chromium and press `keys`. Returns (title and text, each key's fragment)."""
     script = """<script>(async () => {
       const trail = [];
       for (const key of KEYS) {
@@ -371,7 +371,7 @@ def test_the_browser_opens_a_query_and_shows_a_passages_path_and_what_was_said_o
     first = text.index("Window 1 (ranks 3–5) ok: [3], rank 5 → 3")
     second = text.index("Window 2 (ranks 1–3) ok: [3], rank 3 → 1")
     assert first < text.index("[3] says it all!") < text.index("See also [1, 3].") < second
-    assert second < text.index("[3] is best.") and "is dull" not in text, "that is said of c"
+    assert second < text.index("[3] is best.") and "is dull" not in text, "this sentence is about c"
     other, _ = seen(html, q="q1", d="b")
     assert "Rank 2 → 3; label: none, counts as irrelevant" in other and "[2], not named, rank 2 → 3" in other
     assert "Window 1 (ranks 3–5) ok: without it" in other
@@ -382,8 +382,8 @@ def test_the_browser_opens_a_query_and_shows_a_passages_path_and_what_was_said_o
 def test_the_keyboard_walks_through_queries_and_passages(tmp_path):
     html = page(read_queries(written(tmp_path / "t", overlapping())), {"q1": {"e": 3, "a": 0}}, "t")
     text, trail = seen(html, "j k Enter j k ArrowDown ArrowDown Escape")
-    assert trail == ["", "", "#q=q1", "#q=q2", "#q=q1", "#q=q1&d=a", "#q=q1&d=b", ""], "b is third of the new"
-    assert seen(html, "j", q="q1")[1] == ["#q=q2"], "also where the list was never shown"
+    assert trail == ["", "", "#q=q1", "#q=q2", "#q=q1", "#q=q1&d=a", "#q=q1&d=b", ""], "b is now third"
+    assert seen(html, "j", q="q1")[1] == ["#q=q2"], "also if the list was never shown"
     assert "2 queries, 1 judged: mean NDCG@10 0.3869 → 1.0000 ▲0.6131; unjudged (so irrelevant) in " in text
 
 

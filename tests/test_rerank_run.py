@@ -1,4 +1,4 @@
-"""A run on disk: what is written, and a run that is interrupted goes on to the same bytes."""
+"""A reranking run on disk: its files, and interrupted runs, which resume and end with the same bytes."""
 
 import dataclasses
 import gzip
@@ -34,7 +34,7 @@ def test_a_run_top_down_and_shuffled_is_written_counted_and_resumed(toy, tmp_pat
     counts = rerank_file(settings, toy)
     whole = (tmp_path / "r.jsonl").read_bytes()
     rows = [row for row in map(json.loads, whole.splitlines()) if "texts" not in row]
-    assert [row["part"] for row in rows] == [0, 0, 1] * 2  # the untrained toy answers nothing
+    assert [row["part"] for row in rows] == [0, 0, 1] * 2  # the untrained toy names no order
     assert counts["rounds"] == 4 and counts["calls"] == 12
     assert any(sample["docids"] != row["docids"] for row in rows for sample in row["samples"][1:])
     assert all(row["samples"][0]["docids"] == row["docids"] and "shares" in row for row in rows)
@@ -57,7 +57,7 @@ def test_a_run_file_keeps_the_models_order_and_a_trace_of_each_window(monkeypatc
     counts = rerank_file(settings_of(tmp_path, top_k=3), toy)
     run = read_run(tmp_path / "r")["q1"]
     assert sorted(run, key=run.get, reverse=True) == ["d2", "d1", "d3", "d4"]
-    assert len(set(run.values())) == 4  # no tie can undo it
+    assert len(set(run.values())) == 4  # no ties, so the order is unique
     record, trace = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert (record["docids"], record["texts"]) == (["d1", "d2", "d3", "d4"], ["a", "b", "c", "d"])
     assert record["order"] == ["d2", "d1", "d3", "d4"] and record["query"] == "rain"
@@ -93,7 +93,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(toy, tmp_path, monkey
 def test_the_input_is_never_overwritten(toy, tmp_path):
     write_candidates(tmp_path / "c.jsonl", toy_task(2, 3, seed=0)[0])
     before = (tmp_path / "c.jsonl").read_bytes()
-    for output in ("c.jsonl", "c"):  # the run itself, and the reasoning beside it
+    for output in ("c.jsonl", "c"):  # as the run, and as the trace beside it
         with pytest.raises(InputError, match="would overwrite the input"):
             rerank_file(settings_of(tmp_path, output=str(tmp_path / output)), toy)
     assert (tmp_path / "c.jsonl").read_bytes() == before
@@ -180,7 +180,7 @@ def test_an_interrupted_run_is_not_overwritten_unasked(toy, tmp_path):
     write_candidates(tmp_path / "c.jsonl", toy_task(4, 3, seed=0)[0])
     settings = settings_of(tmp_path, max_num_seqs=2)
     rerank_file(settings, toy)
-    rerank_file(settings, toy)  # one that was finished may be
+    rerank_file(settings, toy)  # a finished run may be overwritten
     lines = (tmp_path / "r.jsonl").read_text().splitlines(True)
     (tmp_path / "r.jsonl").write_text("".join(lines[:4]))
     with pytest.raises(InputError, match="holds 2 of the 4 queries: pass --resume"):
@@ -248,9 +248,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch
 
     assert rearank.main([*options, "--output", str(tmp_path / "whole")]) == 0
     killed_after(5)
-    killed_after(14, "--resume")  # and again, later
+    killed_after(14, "--resume")  # killed again, later
     with open(tmp_path / "killed.jsonl", "a") as file:
-        file.write('{"qid": "tra')  # what a kill leaves of a line
+        file.write('{"qid": "tra')  # a kill can leave half a line
     assert rearank.main([*options, "--output", str(tmp_path / "killed"), "--resume"]) == 0
     for end in ("", ".jsonl"):
         assert (tmp_path / f"killed{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
@@ -283,7 +283,7 @@ def test_a_run_with_a_limit_is_continued_by_resume_without_it(tmp_path, toy):
     assert (tmp_path / "r.jsonl").read_bytes().startswith(first) and len(read_run(tmp_path / "r")) == 4
     again = (tmp_path / "r.jsonl").read_bytes()
     rerank_file(dataclasses.replace(settings, limit=1, resume=True), toy)
-    assert (tmp_path / "r.jsonl").read_bytes() == again  # a smaller limit takes nothing away
+    assert (tmp_path / "r.jsonl").read_bytes() == again  # a smaller limit removes nothing
 
 
 GUARDED = {"model": "other", "prompt": "rankgpt", "window": 7, "stride": 2, "think": False,
@@ -319,7 +319,7 @@ def test_a_prompt_file_may_move_between_two_parts_of_a_run_but_not_change(tmp_pa
     rerank_file(settings, toy)
     before = (tmp_path / "r.jsonl").read_bytes()
     first.write_text(template.replace("{query}", "{query} rain"))
-    read_prompt_file.cache_clear()  # a new process
+    read_prompt_file.cache_clear()  # as in a new process
     with pytest.raises(InputError, match=f"begun with --prompt 'file with SHA-256 .*'; {first} is another"):
         rerank_file(dataclasses.replace(settings, limit=0, resume=True), toy)
     assert (tmp_path / "r.jsonl").read_bytes() == before

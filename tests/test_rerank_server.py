@@ -1,4 +1,4 @@
-"""The /rerank address: what programs send it, and what they get."""
+"""The HTTP server of `rearank.py --serve`: requests to /rerank, replies, faults, slow clients."""
 
 import contextlib
 import http.client
@@ -27,11 +27,11 @@ ASK = {"query": "fleas", "documents": ["a", {"text": "b"}, "c"]}
 
 
 class Stop(BaseException):
-    """Ends the thread that serves, as Ctrl-C would."""
+    """Raised to end the serving thread, as Ctrl-C would."""
 
 
 class Model:
-    """A `rank_many` that reverses each list, and does something else for some queries."""
+    """A stand-in whose `rank_many` reverses each list. Some queries make it wait, fail or stop."""
 
     def __init__(self):
         self.calls, self.threads, self.free, self.asked = [], set(), threading.Event(), threading.Event()
@@ -65,7 +65,7 @@ class Model:
 
 
 class Recorded(http.server.ThreadingHTTPServer):
-    """The server that `serve` makes, for a look at its port and its queue."""
+    """Keeps the server that `serve` creates, so that tests can read its port and its queue."""
 
     made = []
 
@@ -75,7 +75,7 @@ class Recorded(http.server.ThreadingHTTPServer):
 
 
 def start(rank_many, **options):
-    """`serve` in a thread, at a free port. Returns http.server's object."""
+    """Run `serve` in a thread, on a free port. Returns the http.server object."""
     def run():
         with contextlib.suppress(Stop):
             serve(rank_many, 0, **options)
@@ -89,7 +89,7 @@ def start(rank_many, **options):
 
 
 def wait_until(fits):
-    """Wait until `fits()`, at most five seconds."""
+    """Wait until `fits()` is true, at most five seconds."""
     deadline = time.monotonic() + 5
     while not fits():
         assert time.monotonic() < deadline
@@ -118,7 +118,7 @@ def web(running):
 
 
 def post(web, body, path="/rerank", method="POST", wait=True, **head):
-    """Send a request and return (status, the reply's JSON). With wait=False, the connection."""
+    """Send a request. Returns (status, the reply's JSON), or the open connection if wait=False."""
     body = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
     connection = http.client.HTTPConnection(*web.server_address[:2], timeout=5)
     connection.request(method, path, body, {name.replace("_", "-"): value for name, value in head.items()})
@@ -138,7 +138,7 @@ def order(answer):
     return [result["index"] for result in content["results"]]
 
 
-# --- the form
+# --- the form of requests and replies
 
 
 @pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/v1/rerank?trace=1"])
@@ -284,11 +284,11 @@ def test_a_fault_is_a_line_for_client_and_log_and_the_server_goes_on(web, capsys
     assert reason in capsys.readouterr().err
 
 
-# --- many at once
+# --- many requests at once
 
 
 def ask_while_held(web, asks):
-    """Send these while the model works on another request. Their replies."""
+    """Send these requests while the model works on another one. Returns their replies."""
     held = post(web, ASK | {"query": "hold"}, wait=False)
     assert web.of.asked.wait(5)
     sent = [post(web, ask, wait=False) for ask in asks]
@@ -349,7 +349,7 @@ def test_a_client_that_hangs_up_blocks_nobody_and_makes_no_traceback(web, capfd)
     assert web.of.asked.wait(5)
     connections += [post(web, ASK, wait=False).sock, held.sock]
     wait_until(lambda: web.waiting.qsize() == 1)
-    for client in connections:  # no regular end: a reset
+    for client in connections:  # close by a reset, not regularly
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
     web.of.free.set()
@@ -377,7 +377,7 @@ SCRIPT = """
 import signal, sys, time
 from support.cli import run_main
 from support.rerank_server import serve
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
 run_main(lambda: serve(lambda lists: (print("asked", file=sys.stderr), time.sleep(60)), 0))
 """
 
@@ -387,7 +387,7 @@ run_main(lambda: serve(lambda lists: (print("asked", file=sys.stderr), time.slee
 def test_ctrl_c_ends_it_with_status_130_also_while_the_model_works(sign, busy):
     process = subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"REARANK_SERVE_KEY": "secret"})
-    guard = threading.Timer(10, process.kill)  # a test that hangs shall fail
+    guard = threading.Timer(10, process.kill)  # a test that hangs must fail
     guard.start()
     try:
         line = process.stderr.readline()

@@ -1,5 +1,7 @@
-"""The run folder: runs that are killed at any instant, run out of disk, have a save that cannot be read, or
-collapse. What they end with is compared with an unbroken run, byte for byte."""
+"""The run folder: runs that are killed, fill the disk, find a damaged save, or collapse.
+
+Their results are compared byte for byte with those of an uninterrupted run.
+"""
 
 import csv
 import dataclasses
@@ -35,16 +37,16 @@ SMALL = "--device cpu --prompt toy --group-size 4 --prompts-per-step 1 --max-new
 EVAL = ("eval_ndcg", "eval_low", "eval_high")
 UNREPEATABLE = ("tokens_per_s", "seconds", "peak_mib")
 
-# Forks a process for each attempt: importing torch twenty times would take minutes.
-# argv: the folder of model, data, held-out queries and runs; whether the disk knows links. The model is
-# loaded once: every process gets a copy of it.
+# A script that forks a process per attempt: importing torch twenty times would take minutes.
+# argv: the folder of model, data, held-out queries and runs; "yes" or "no": does the disk support links.
+# The model is loaded once, and every process gets a copy of it.
 HARNESS = r"""
 import errno, itertools, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 sys.path.insert(0, ROOT)
 import torch
 torch.set_num_threads(1)
-import grpo, toy, transformers.models.qwen2.modeling_qwen2  # else each fork imports them: 1 second
+import grpo, toy, transformers.models.qwen2.modeling_qwen2  # importing them takes a second
 from model import load_agent, load_config
 
 out, links = sys.argv[1:]
@@ -57,8 +59,8 @@ def refused(*_, **__):
     raise OSError(errno.EPERM, "this disk has no links")
 
 def attempt(folder, copied=False):
-    # A process that goes on with the run. With `copied` the folder is copied to renamed0, renamed1, ...
-    # before every change of a name: what a kill at that instant would leave.
+    # Fork a process that resumes the run. With `copied` it copies the folder to renamed0, renamed1, ...
+    # before every operation of CHANGES. Each copy is the folder that a kill at this moment would leave.
     pid = os.fork()
     if pid:
         return pid
@@ -68,7 +70,7 @@ def attempt(folder, copied=False):
     number = itertools.count()
     def watched(function):
         def call(*arguments, **options):
-            if function.__name__ == "copyfile":  # in its middle
+            if function.__name__ == "copyfile":  # as if half done
                 Path(arguments[1]).write_bytes(Path(arguments[0]).read_bytes()[:100])
             if os.path.exists(folder):
                 subprocess.run(["cp", "-a", folder, f"{out}/renamed{next(number)}"], check=True)
@@ -92,11 +94,11 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 def check(folder, load=False):
-    "checkpoint/ is whole and of one of the last two saves, and best/ of the two that were validated."
+    "checkpoint/ must equal one of the last two saves, best/ a validated one. Returns 0 if it is too early."
     names = [f"{phase}-{step:06d}" for phase, steps in (("sft", (2, 3)), ("grpo", (2, 4))) for step in steps]
     saves = [Path(folder, "saves", name) for name in names if Path(folder, "saves", name).exists()]
     if not saves or saves[-1].name == names[0]:
-        return 0  # the first save of all may be on its way into checkpoint/
+        return 0  # the very first save may not be in checkpoint/ yet
     expected = {"checkpoint": saves[-2:]}
     if saves[-1].name == names[3]:
         expected["best"] = saves
@@ -111,7 +113,7 @@ def check(folder, load=False):
             loaded.append(content)
     return 1
 
-loaded = []  # contents of folders that load
+loaded = []  # contents of folders that load_agent has read
 assert ended(attempt(out + "/whole")) == 0 and check(out + "/whole", load=True)
 started = time.time()
 assert ended(attempt(out + "/again")) == 0
@@ -137,7 +139,7 @@ print(run + 1, names, checked)
 
 
 def write_small_run(folder: Path) -> None:
-    """A model folder and a file of instances: what `grpo.py --model` needs."""
+    """Write a model folder and a file of instances for `grpo.py --model`."""
     write_model(toy_agent(0), folder / "model")
     other = dataclasses.replace(one_window()[0], qid="r", texts=["rain bread", "bee hive honey"],
                                 labels=[2, 0])
@@ -151,12 +153,12 @@ def small_run(tmp_path) -> list[str]:
 
 
 def newest(run: Path) -> Path:
-    """The newest save of GRPO."""
+    """The folder of GRPO's newest save."""
     return max(run.glob("saves/grpo-*"))
 
 
 def contents(run: Path) -> dict:
-    """All that a run leaves which must be the same: weights, moments, samples, the log without its times."""
+    """A run's reproducible results: weights, optimizer moments, samples, and the log without its times."""
     shown = [run / name / "model.safetensors" for name in ("checkpoint", "best")]
     files = [run / "samples.txt", *shown, newest(run) / "checkpoint/model.safetensors",
              newest(run) / "state/optimizer.safetensors"]
@@ -166,12 +168,12 @@ def contents(run: Path) -> dict:
             {k: v for k, v in row.items() if k not in UNREPEATABLE} for row in csv.DictReader(file)
         ]
     state = json.loads((newest(run) / "state/state.json").read_text())
-    del state["log.csv"]  # a time has more digits or less
+    del state["log.csv"]  # its size varies with the digits of times
     return found | {"state": state}
 
 
 def everything(path: Path) -> dict:
-    """{name: (its link or content, when it was changed)} of a whole folder."""
+    """{path: (link target or content, time of change)} of everything below a folder."""
     found = {}
     for file in sorted(path.rglob("*")):
         content = os.readlink(file) if file.is_symlink() else file.read_bytes() if file.is_file() else None
@@ -190,10 +192,10 @@ def kill_runs(folder: Path, links: str) -> list[str]:
 @pytest.mark.beside(command=kill_runs)
 @pytest.mark.parametrize("links", ["yes", "no"])
 def test_a_run_that_is_killed_ends_as_the_unbroken_one(beside, links):
-    """SIGKILL at twenty random moments, and once before every change of a name; inside --sft-steps too.
+    """Kill a run at twenty random moments, and before every file operation (rename, link, ...), also in SFT.
 
-    With hard links, and where the disk has neither these nor symbolic ones. The second kind of kill is made
-    of copies of the folder, taken at these instants of one run: each run up to there would take minutes.
+    The disk has hard links, or no links at all. Kills before file operations are simulated: one run copies
+    its folder before each operation, and each copy is resumed. Separate runs would take minutes.
     """
     assert beside.returncode == 0, beside.stderr
     killed, renamed, checked = map(int, beside.stdout.split())
@@ -221,7 +223,7 @@ def test_a_resumed_run_ends_as_the_unbroken_one(tmp_path):
 
     whole = run("a", 4)
     run("b", 2)
-    again = run("b", 4, resume=True)  # from the starting model: the state holds the trained weights
+    again = run("b", 4, resume=True)  # given the untrained model: the save has the weights
     for a, b in zip(whole.parameters(), again.parameters()):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     assert [r["step"] for r in csv.DictReader(open(tmp_path / "b/log.csv"))] == ["1", "2", "3", "4"]
@@ -255,9 +257,9 @@ def test_ctrl_c_between_the_update_and_its_log_saves_no_step_that_the_log_lacks(
         patch.setattr(TrainingLog, "add", lambda self, row, rollouts: interrupted() if row["step"] == 4
                       else honest(self, row, rollouts))
         train(toy_agent(0), one_window(), settings, RunFolder(settings))
-    assert saved_steps(tmp_path / "broken") == ["grpo-000002"]  # weights were of 4
+    assert saved_steps(tmp_path / "broken") == ["grpo-000002"]  # not 4: its row is not in the log
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch.optim.AdamW, "step", interrupted)  # some weights are of step 3, others not yet
+        patch.setattr(torch.optim.AdamW, "step", interrupted)  # weights are partly updated
         resumed = dataclasses.replace(settings, resume=True)
         train(toy_agent(0), one_window(), resumed, RunFolder(resumed))
     train(toy_agent(0), one_window(), resumed, RunFolder(resumed))
@@ -270,7 +272,7 @@ sys.path.insert(0, {root!r})
 import grpo
 honest = grpo.grpo_step
 def step(*arguments, **hooks):
-    if arguments[-1] == 3:  # the job is told to stop in the middle of its third step
+    if arguments[-1] == 3:  # SIGTERM arrives in the middle of the third step
         os.kill(os.getpid(), signal.SIGTERM)
     return honest(*arguments, **hooks)
 grpo.grpo_step = step
@@ -348,7 +350,7 @@ def saved_steps(run: Path) -> list[str]:
 
 
 def test_a_save_that_cannot_be_read_is_named_and_the_one_before_it_used(tmp_path, capsys):
-    """Cut short, as a machine that loses power leaves it; the run still ends as the unbroken one."""
+    """The save is cut short, as after a power failure. The run still ends like an uninterrupted one."""
     for name in ("whole", "cut"):
         settings = quick(tmp_path, steps=6, save_every=2, reward="random", out=str(tmp_path / name))
         train(toy_agent(0), one_window(), settings, RunFolder(settings))
@@ -364,7 +366,7 @@ def test_a_save_that_cannot_be_read_is_named_and_the_one_before_it_used(tmp_path
 
 
 def test_ranks_that_do_not_read_the_same_save_do_not_go_on(toy, tmp_path, monkeypatch):
-    """Each on a machine with a disk of its own, of which one has lost the newest save."""
+    """This can happen if every rank has its own disk and one disk has lost the newest save."""
     settings = quick(tmp_path)
     train(toy, one_window(), settings, RunFolder(settings))
     again = RunFolder(dataclasses.replace(settings, resume=True))
@@ -401,12 +403,12 @@ def test_a_save_that_is_damaged_anywhere_is_not_used(toy, tmp_path, capsys, file
     log = (tmp_path / "run/log.csv").read_text()
     with pytest.raises(InputError, match="--resume: none of .*/saves/grpo-. can be read"):
         train(toy, one_window(), resumed, RunFolder(resumed))
-    assert (tmp_path / "run/log.csv").read_text() == log  # nothing of it is lost
+    assert (tmp_path / "run/log.csv").read_text() == log  # the log keeps all its rows
 
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_save_before_it_stays(small_run, tmp_path):
-    """ulimit -f limits the size of a file, in KiB."""
+    """`ulimit -f` simulates the full disk: it limits the size of a file, in KiB."""
     options = ["--model", small_run[0], "--data", small_run[1], "--out", str(tmp_path / "run"), *SMALL]
     assert grpo.main([*options, "--steps", "1"]) == 0
     before = contents(tmp_path / "run")
@@ -421,7 +423,7 @@ def test_a_full_disk_is_one_line_and_the_save_before_it_stays(small_run, tmp_pat
 
 
 def test_a_ruined_policy_stops_the_run_and_is_never_saved(toy, tmp_path):
-    """Weights can overflow in an update whose gradient was finite. Then all answers are alike and flat."""
+    """Weights can overflow in an update whose gradient was finite. The run must notice it before it saves."""
     settings = quick(tmp_path, reward="random", steps=20, save_every=2)
     train(toy, one_window(), dataclasses.replace(settings, steps=2), RunFolder(settings))
     with pytest.raises(SystemExit, match="not finite"):
@@ -461,12 +463,12 @@ def test_the_best_policy_survives_a_worse_validation_after_a_resume(toy, tmp_pat
     assert (state["step"], state["best"], state["best_step"]) == (6, 0.7, 2)
 
 
-# --- what is shown: checkpoint/, adapter/, best/
+# --- the folders checkpoint/, adapter/ and best/
 
 
 def test_what_is_shown_are_real_folders_of_hard_links_into_a_save_and_nothing_else_is_left(toy, tmp_path,
                                                                                           monkeypatch):
-    # All validations are equal: the first is the best.
+    # All validations give the same NDCG, so the first one stays the best.
     monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(EVAL, 0.5))
     settings = quick(tmp_path, steps=3, eval_every=1, lora_rank=2, reward="random")
     add_lora(toy.model, 2)
@@ -516,7 +518,7 @@ def test_without_links_a_run_trains_and_resumes_to_the_same_files(tmp_path, monk
 
 
 def test_a_refused_replace_is_a_warning_and_the_save_stands(toy, tmp_path, monkeypatch, capsys):
-    """On Windows a file that somebody has open cannot be replaced."""
+    """Windows does not replace a file that another program has open."""
     settings = quick(tmp_path, steps=1, reward="random")
     train(toy, one_window(), settings, RunFolder(settings))
     weights = tmp_path / "run/checkpoint/model.safetensors"
@@ -564,7 +566,7 @@ def test_a_resume_shows_the_newest_phase_alone_and_only_after_it_was_read(toy, t
 
 
 def test_a_resume_shows_the_best_save_too(toy, tmp_path, monkeypatch):
-    """A run may be killed after the save of its best policy and before best/ has it."""
+    """A run may be killed after it has saved its best policy and before best/ is updated."""
     monkeypatch.setattr(grpo, "validate", lambda *_: dict.fromkeys(EVAL, 0.5))
     settings, held_out = quick(tmp_path, steps=2, eval_every=2), toy_task(2, 3, 0, held_out=True)
     train(toy, one_window(), settings, RunFolder(settings), held_out=held_out)
@@ -577,7 +579,7 @@ def test_a_resume_shows_the_best_save_too(toy, tmp_path, monkeypatch):
 
 
 def old_layout(run: Path, link: bool, name: str) -> None:
-    """A run as it was written before there were real folders: links, and another name for --group-size."""
+    """Write a run in the layout of earlier versions: symbolic links, and another name for --group-size."""
     save = run / "saves/grpo-000002"
     for folder in ("checkpoint", "state"):
         (save / folder).mkdir(parents=True)

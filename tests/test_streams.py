@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all; links, pipes and our own output; damaged gzip files."""
+"""Files are written completely or not at all. Also links, pipes, standard output, damaged gzip files."""
 
 import gzip
 import os
@@ -53,7 +53,7 @@ def test_a_link_stays_and_the_file_that_it_leads_to_is_written_whole(tmp_path):
         assert not target.exists() or target.read_text() == "old"
         write_text(here / name, "new")
         assert (here / name).is_symlink() and target.read_text() == "new" and not target.is_symlink()
-    write_text(here / "chain.gz", "packed")  # what is packed is decided by the name that was given
+    write_text(here / "chain.gz", "packed")  # the given name decides, not the link's target
     assert gzip.decompress((store / "old").read_bytes()) == b"packed" and (here / "chain.gz").is_symlink()
     assert not [*tmp_path.rglob("*.part")] and len([*tmp_path.rglob("*")]) == 8
 
@@ -82,7 +82,7 @@ def test_what_can_hold_no_file_is_one_line_and_stays_as_it_is(tmp_path):
 def test_a_pipe_is_written_to_directly(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # waits for no writer
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # does not wait for a writer
     for name in ("pipe", "link"):
         write_text(tmp_path / name, "straight\n")
         assert os.read(reader, 99) == b"straight\n"
@@ -93,7 +93,7 @@ def test_a_pipe_is_written_to_directly(tmp_path):
 
 @pytest.mark.parametrize("name, stream", [("/dev/fd/1", "stdout"), ("log", "stdout"), ("log", "stderr")])
 def test_our_own_output_is_written_to_in_its_order_even_where_it_is_a_file(tmp_path, name, stream):
-    """No slip of ours can replace what is in /dev/fd, but the file `log` itself could be replaced."""
+    """An entry of /dev/fd cannot be replaced by mistake, but the file `log` could be."""
     code = f"""if True:
         import sys
         from support.streams import atomic_write

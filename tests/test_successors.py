@@ -1,4 +1,4 @@
-"""GRPO's successors in benchmarks/successors.py: their values on tensors that can be computed by hand."""
+"""benchmarks/successors.py: advantages and losses on small tensors, against values computed by hand."""
 
 import csv
 import functools
@@ -29,19 +29,19 @@ def rollouts_of(rewards, scores=()):
 
 
 def call(loss, logps, old, clip=(0.2, 0.2), rows=slice(None), beta=0.0, ref=None):
-    """A loss on the answers `rows` of the four above."""
+    """The value of a loss on the answers `rows` of the four answers defined above."""
     ref = None if ref is None else ref[rows]
     return loss(logps[rows], ref, A[rows], LENGTHS[rows], beta, old[rows], clip, LENGTHS)
 
 
 def ratios(*rows):
-    """(logps, old logps), so that the ratios are these."""
+    """(logps, old logps) with these ratios exp(logps - old logps)."""
     logps = torch.log(torch.tensor(rows))
     return logps.requires_grad_(), torch.zeros_like(logps)
 
 
 ONES = ((1.0, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1))
-# Ratios after some updates; at padding, nonsense that no loss may see.
+# Ratios after some updates. The values at padding must not change any loss.
 MOVED = ((2.0, 0.5, 99), (0.5, 0.5, 0.5), (1.25, 99, 99), (1, 99, 99))
 
 
@@ -55,7 +55,7 @@ def test_dr_grpo_subtracts_the_mean_and_does_not_divide():
 
 def test_equal_rewards_get_exact_zeros():
     rewards = torch.tensor([[0.1] * 7])
-    assert (rewards - rewards.mean()).any()  # by rounding, the plain formula gives another number
+    assert (rewards - rewards.mean()).any()  # the plain formula gives a rounding error
     assert not dr_grpo_advantages(rollouts_of([[0.1] * 7])).any()
     assert not gdpo_advantages(rollouts_of([[0.1] * 7], [Score(0.1, 0.1, 0.1, 0.1, 0.1)] * 7)).any()
 
@@ -68,7 +68,7 @@ def test_rloo_is_dr_grpo_times_a_constant():
 
 
 def test_gdpo_normalises_each_part_in_its_group_and_their_weighted_sum_over_the_batch():
-    # Of two unequal values the normalised ones are +h and -h, whatever their distance.
+    # Two unequal values are normalised to +h and -h, independent of their distance.
     h = 0.5 ** 0.5
     scores = [Score(0, rank, format1, format2, 0) for rank, format1, format2 in
               ((0.9, 1, 0), (0.8, 1, 1),  # rank +h -h, format2 -h +h
@@ -83,8 +83,8 @@ def test_gdpo_normalises_each_part_in_its_group_and_their_weighted_sum_over_the_
 
 @pytest.mark.parametrize("name, expected", [
     ("GRPO", -(1 - 2 + 0.5 + 0) / 4),
-    ("Dr. GRPO", -(2 * 1 - 3 * 2 + 1 * 0.5) / (LIMIT * 4)),  # a constant instead of each length
-    ("DAPO", -(2 * 1 + 1 * 0.5) / (2 + 1 + 1)),  # the answer of LIMIT tokens counts nowhere
+    ("Dr. GRPO", -(2 * 1 - 3 * 2 + 1 * 0.5) / (LIMIT * 4)),  # divides by a constant, not by each length
+    ("DAPO", -(2 * 1 + 1 * 0.5) / (2 + 1 + 1)),  # the answer of LIMIT tokens is left out
     ("GSPO", -(1 - 2 + 0.5 + 0) / 4)])
 def test_a_loss_where_the_ratio_is_one(name, expected):
     assert call(LOSSES[name], *ratios(*ONES)).item() == pytest.approx(expected)
@@ -114,7 +114,7 @@ def test_micro_batches_add_up_to_the_whole_batch_and_padding_gets_no_gradient(na
 
 @pytest.mark.parametrize("name", ("Dr. GRPO", "DAPO", "GSPO"))
 def test_the_kl_penalty_is_weighted_as_the_objective_is(name):
-    k3 = torch.expm1(torch.tensor(-0.3)) + 0.3  # of each token
+    k3 = torch.expm1(torch.tensor(-0.3)) + 0.3  # KL estimate per token
     tokens = {"Dr. GRPO": 7 / (3 * 4), "DAPO": 4 / 4, "GSPO": 1}[name]
     logps, old = ratios(*ONES)
     ref = torch.full((4, 3), -0.3)
@@ -137,7 +137,7 @@ def test_watching_a_loss_changes_nothing_and_counts_the_tokens_that_the_clip_sto
     logps, old = ratios(*MOVED)
     watched = Watched(grpo_loss)
     assert call(watched, logps, old) == call(grpo_loss, logps, old)
-    # Of the 6 tokens of answers with an advantage: 2 (A > 0), the three 0.5 (A < 0), and 1.25.
+    # Answers with an advantage have 6 tokens. The clip stops ratio 2 (A > 0), three of 0.5 (A < 0), and 1.25.
     assert (watched.tokens, watched.stopped) == (6, 5)
 
 
@@ -150,7 +150,7 @@ def test_a_difference_is_seen_only_if_its_interval_and_all_seeds_agree():
     results["warm start"] = [{"ndcg": [0.4] * 9}] * 2
     results["DAPO"] = [dict(one, ndcg=[x] * 9) for x in (0.3, 0.8)]  # the seeds disagree
     results["GDPO"] = [dict(one, ndcg=[x] * 9) for x in (0.3, 0.4)]
-    results["Dr. GRPO"] = [dict(one, ndcg=[0.9] + [0.5] * 8)] * 2  # one query of nine gained
+    results["Dr. GRPO"] = [dict(one, ndcg=[0.9] + [0.5] * 8)] * 2  # only one of nine queries gained
     rows = {row["method"]: row for row in successors.table(results, LIMIT)}
     assert rows["GRPO"]["gain"] == pytest.approx(0.1) and rows["GRPO"]["verdict"] == "higher"
     assert rows["DAPO"]["low"] > 0 and rows["DAPO"]["verdict"] == "no difference seen"

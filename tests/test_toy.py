@@ -1,4 +1,4 @@
-"""The toy task: what it asks, what its teacher knows, and the whole road of `python grpo.py`."""
+"""The toy task: its labels, its teacher and lessons, and a complete run of `python grpo.py`."""
 
 import json
 import sys
@@ -48,13 +48,13 @@ def test_the_lessons_prompts_are_those_that_the_reranker_will_use(toy):
     texts = ["oak leaf forest oak", "storm leaf oak forest"]
     ids = toy.tokenizer(toy_prompt("rain bread coin", texts))["input_ids"]
     assert ids == encode_prompt(toy.tokenizer, "rain bread coin", texts, "toy")
-    assert next(toy_lessons(toy, toy_settings()))[0][1][-1] == toy.stop_ids[0]  # an answer is ended
+    assert next(toy_lessons(toy, toy_settings()))[0][1][-1] == toy.stop_ids[0]  # the end token
 
 
 def test_lessons_begin_with_short_windows_and_the_share_of_graded_orders_is_as_set(toy):
     settings = toy_settings(sft_steps=11, teacher_graded=1.0)
     sizes = [len(batch) for batch, _ in zip(toy_lessons(toy, settings), range(5))]
-    assert sizes == [32, 32, 16, 16, 16]  # 96 passages each, 3 per window for 15 % of the steps, then 6
+    assert sizes == [32, 32, 16, 16, 16]  # 96 passages per batch; windows of 3 for 15 % of the steps, then 6
     graded, vague = (next(toy_lessons(toy, toy_settings(teacher_graded=share), curriculum=False))
                      for share in (1.0, 0.0))
     assert [prompt for prompt, _ in graded] == [prompt for prompt, _ in vague]
@@ -70,7 +70,7 @@ def test_the_trace_is_measured_against_the_labels_and_the_answer():
 
 
 def test_the_toy_run_goes_from_data_to_tables_of_its_own_trec_files(tmp_path, capsys):
-    """The complete road, too short to learn anything: all files that are promised, and eval.py's numbers."""
+    """A complete run, too short to learn anything, writes all its files, with the numbers of eval.py."""
     out = tmp_path / "run"
     few = {"sft-steps": 2, "steps": 2, "prompts-per-step": 2, "group-size": 4, "max-new-tokens": 6,
            "eval-queries": 8}
@@ -93,10 +93,10 @@ def test_the_toy_run_goes_from_data_to_tables_of_its_own_trec_files(tmp_path, ca
     printed = capsys.readouterr().out
     assert f"{out}/long.grpo.trec" in printed and f"--input {out}/long.jsonl" in printed
     load_agent(str(out / "checkpoint"), "cpu")
-    rows = plot_toy.read_log(str(out))  # the README's curve is drawn from any toy run
+    rows = plot_toy.read_log(str(out))  # the README's curve can be drawn from any toy run
     assert len(rows["ndcg"]) == len(rows["ndcg_best"]) == 2
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    # An earlier run is moved aside, whole.
+    # The earlier run is moved aside completely.
     assert grpo.main(["--out", str(out), *options, "--lora-rank", "2"]) == 0
     assert f"{out} held an earlier run, which is now {out}.1" in capsys.readouterr().out
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run.1").iterdir() if p.is_file()}

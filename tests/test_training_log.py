@@ -1,4 +1,4 @@
-"""The log of a training run: its rows and samples, also after a resume, and the warnings of a collapse."""
+"""The log of a training run: its rows and samples, also after a resume, and warnings about a collapse."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ def test_what_a_killed_run_has_logged_after_its_last_save_is_cut(toy, tmp_path):
     run, settings = tmp_path / "run", quick(tmp_path, reward="random")
     train(toy, one_window(), settings, RunFolder(settings))
     before = {name: (run / name).read_bytes() for name in ("log.csv", "samples.txt")}
-    for name in (*before, "skipped.txt"):  # the last was not there yet
+    for name in (*before, "skipped.txt"):  # skipped.txt did not exist before
         with open(run / name, "a") as file:
             file.write("left by a step that is not in the save\n")
     again = dataclasses.replace(settings, resume=True)
@@ -30,7 +30,7 @@ def test_the_samples_are_the_best_and_the_worst_answer_to_the_first_prompt(toy, 
     settings = quick(tmp_path, reward="random", steps=1, prompts_per_step=2)
     other = dataclasses.replace(one_window()[0], qid="other")
     train(toy, [*one_window(), other], settings, RunFolder(settings))
-    rewards = torch.rand((2, 8), generator=torch.Generator().manual_seed(1))[0]  # --reward random's
+    rewards = torch.rand((2, 8), generator=torch.Generator().manual_seed(1))[0]  # as --reward random
     found = re.findall(r"    reward (\S+), ", (tmp_path / "run/samples.txt").read_text())
     assert found == [f"{rewards.max():+.3f}", f"{rewards.min():+.3f}"]
 
@@ -45,7 +45,7 @@ def test_small_numbers_survive_in_the_log(tmp_path):
 
 
 def rows(**changes) -> list[dict]:
-    """A log's rows: columns are lists of values, or one value."""
+    """Rows of a log. A column is given as a list of values, or as one value for all rows."""
     base = {"reward": 0.5, "length": 30.0, "entropy": 0.2, "unchanged": 0.1, "zero_std_groups": 0.2,
             "skipped": 0}
     steps = max([len(v) for v in changes.values() if isinstance(v, list)], default=20)
@@ -65,7 +65,7 @@ def test_a_collapse_is_named(column, healthy, broken, said):
     assert not collapses(rows(**{column: [usual] * 10 + [healthy] * 3}))
     [found] = collapses(rows(**{column: [usual] * 10 + [broken] * 3}))
     assert said in found
-    assert not collapses(rows(**{column: [usual] * 4 + [broken] * 3}))  # too early to say
+    assert not collapses(rows(**{column: [usual] * 4 + [broken] * 3}))  # too few rows to decide
     assert not collapses(rows(**{column: [usual] * 10 + [broken] * 3, "skipped": [0] * 10 + [1] * 3}))
     flat = {"entropy": [float("nan")] + ([0.2] * 12 if column != "entropy" else [usual] * 9 + [broken] * 3)}
     assert collapses(rows(**{column: [usual] * 10 + [broken] * 3} | flat)) == {found}

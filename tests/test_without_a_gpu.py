@@ -1,5 +1,8 @@
-"""What a GPU would be asked to do, seen without one: on tensors that have a shape and a device but no memory,
-and by counting what the sampler's bookkeeping reads at the paper's size."""
+"""Properties of the code on a GPU, checked without one.
+
+CUDA operations run on tensors that have a shape and a device but no memory. The sampler's reads are
+counted for answers of the paper's size.
+"""
 
 import ctypes
 import types
@@ -18,12 +21,12 @@ import model as model_module
 from model import DecodeBatch, pick_tokens, read_tokens, sample
 
 QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 4, "num_attention_heads": 28,
-           "num_key_value_heads": 4, "vocab_size": 152064}  # four of its 28 layers, which are alike
+           "num_key_value_heads": 4, "vocab_size": 152064}  # four of the 28 equal layers
 WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
 
 class Operations(TorchDispatchMode):
-    """Keeps every operation and its operands."""
+    """Records every operation and its operands in `seen`."""
 
     def __init__(self):
         super().__init__()
@@ -36,8 +39,11 @@ class Operations(TorchDispatchMode):
 
 
 def lend_cuda_a_guard() -> None:
-    """A build of torch for CPUs has no device guard for CUDA; that of the meta device, which does nothing,
-    serves fake tensors as well. Skips where there is none to be had."""
+    """Let a CPU build of torch use fake tensors on CUDA: register the meta device's guard for CUDA.
+
+    A CPU build has no device guard for CUDA. The meta device's guard does nothing, and that is enough for
+    fake tensors. Skips the test if the build hides its guards.
+    """
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
         guards = (ctypes.c_void_p * 22).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
@@ -49,7 +55,10 @@ def lend_cuda_a_guard() -> None:
 
 
 def fake_cuda_model(**sizes) -> torch.nn.Module:
-    """A bfloat16 model on a CUDA device that is not there. To be called outside FakeTensorMode."""
+    """A bfloat16 Qwen2 on CUDA whose parameters are fake tensors: they need no GPU.
+
+    Call it outside FakeTensorMode.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(Qwen2Config(**sizes), dtype=torch.bfloat16).eval()
     with FakeTensorMode():
@@ -64,7 +73,7 @@ def fake_cuda_model(**sizes) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def decoding_step() -> list:
-    """The operations of one decoding step of a 7B: two batches, prompts of uneven length."""
+    """The operations of one decoding step of four layers of a 7B: two batches, prompts of unequal length."""
     lend_cuda_a_guard()
     model = fake_cuda_model(**QWEN_7B)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -88,7 +97,7 @@ def test_a_decoding_step_on_cuda_never_waits_and_asks_nothing_of_the_cpu(decodin
 
 
 def test_every_bfloat16_product_of_a_decoding_step_has_aligned_operands(decoding_step):
-    """Strides in eights: else the card's fast kernels, which load 16 bytes at a time, cannot be used."""
+    """Strides must be multiples of 8, because a GPU's fast kernels load 16 bytes at a time."""
     products = [operands for function, operands in decoding_step
                 if str(function).split(".")[1] in ("mm", "addmm", "bmm")]
     assert len(products) > 4 * 7
@@ -100,8 +109,10 @@ def test_every_bfloat16_product_of_a_decoding_step_has_aligned_operands(decoding
 
 
 def test_sampling_4096_answers_reads_little_more_than_the_rows_alive_need(monkeypatch):
-    """128 prompts x 32 answers of the paper's size (log-normal, mean 850): the bookkeeping is `sample`'s, the
-    model is none. Counted at every tenth step: places of keys and values read, scores computed."""
+    """`sample` without a model: 128 prompts x 32 answers with the paper's lengths (log-normal, mean 850).
+
+    Every tenth step counts the places of keys and values that are read, and the scores that are computed.
+    """
     rng, variance, counts, written = np.random.default_rng(0), np.log(1.25), Counter(), Counter()
     lengths = rng.lognormal(np.log(850) - variance / 2, variance ** 0.5, 4096).clip(1, 2048).astype(int)
     lengths[rng.random(4096) < 0.01] = 2048
@@ -131,7 +142,7 @@ def test_sampling_4096_answers_reads_little_more_than_the_rows_alive_need(monkey
     for name, stand_in in (("encode_prompts", encode), ("pick_tokens", pick), ("read_tokens", count),
                            ("forward", lambda model, ids, *rest: torch.zeros(len(ids), 1, 1))):
         monkeypatch.setattr(model_module, name, stand_in)
-    # At temperature 0 each answer has one number: here its own.
+    # At temperature 0, `sample` draws one number per answer. Here it is the answer's index.
     monkeypatch.setattr(torch, "rand", lambda total, *shape, generator: torch.arange(total)[:, None])
     nothing = types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16,
                                     lm_head=lambda hidden: torch.zeros(len(hidden), 1))
