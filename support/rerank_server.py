@@ -88,6 +88,7 @@ def serve(rank_many, port: int, host: str = "127.0.0.1", model: str = "") -> Non
         server = http.server.ThreadingHTTPServer((host, port), Handler)
     except (OSError, OverflowError, TypeError) as error:
         raise InputError(f"--serve {port}: cannot listen on {host}: {error}") from None
+    server.socket.listen(128)  # connections that may wait for their thread; socketserver's 5 are too few
     server.handle_error = lambda *_: None  # a client has hung up
     server.waiting, server.model, server.key = queue.Queue(), model, os.environ.get("REARANK_SERVE_KEY", "")
     print(f"listening on http://{host}:{server.server_port}/rerank", file=sys.stderr)

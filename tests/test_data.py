@@ -154,6 +154,7 @@ def test_expansion_never_leaks_a_held_out_query(held_out, keep, seed):
     ]  # holding out queries does not change the draws of the others
 
 
+@pytest.mark.slow
 @needs_shared
 def test_dl21_gives_the_counts_of_the_authors_procedure():
     lists = read_candidates(SHARED / "dl21_train_dev" / "retrieve_results_dl21_top100.jsonl.gz")

@@ -151,6 +151,7 @@ def test_half_a_surrogate_pair_in_an_answer_stops_no_run(toy, tmp_path, monkeypa
     assert rows[1]["response"] == "<answer> [2] > ?" and len(rows) == 8
 
 
+@pytest.mark.slow
 def test_real_dl19_candidates_become_a_run(toy, tmp_path):
     source = Path(__file__).parent / "../../shared/data/dl19_eval_dev/retrieve_results_dl19_top100.jsonl.gz"
     if not source.exists():

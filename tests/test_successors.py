@@ -159,6 +159,7 @@ def test_a_difference_is_seen_only_if_its_interval_and_all_seeds_agree():
     assert rows["GSPO, 4 updates"]["versus"] == "GRPO, 4 updates"
 
 
+@pytest.mark.slow
 def test_the_command_trains_all_arms_and_writes_what_the_notebook_reads(monkeypatch, tmp_path, capsys):
     small = {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 8, "reward": "random"}
     monkeypatch.setattr(successors, "TOY", successors.TOY | small)

@@ -69,6 +69,7 @@ def test_the_trace_is_measured_against_the_labels_and_the_answer():
     assert toy_trace_statistics(rollouts) == {"grades_right": 0.75, "answer_follows_grades": 0.5}
 
 
+@pytest.mark.slow
 def test_the_toy_run_goes_from_data_to_tables_of_its_own_trec_files(tmp_path, capsys):
     """A complete run, too short to learn anything, writes all its files, with the numbers of eval.py."""
     out = tmp_path / "run"

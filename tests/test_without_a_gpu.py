@@ -108,6 +108,7 @@ def test_every_bfloat16_product_of_a_decoding_step_has_aligned_operands(decoding
                 assert not any(s % 8 for s in strides), (x.shape, x.stride())
 
 
+@pytest.mark.slow
 def test_sampling_4096_answers_reads_little_more_than_the_rows_alive_need(monkeypatch):
     """`sample` without a model: 128 prompts x 32 answers with the paper's lengths (log-normal, mean 850).
 
