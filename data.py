@@ -79,8 +79,7 @@ def expand(candidates: list[Candidates], qrels: dict[str, dict[str, int]], draws
                 places.sort()
             drawn = [labels[place] for place in places]
             initial, best = ndcg(drawn, ideal=ideal), ndcg(sorted(drawn, reverse=True), ideal=ideal)
-            tested = best if keep == "best" else initial
-            above = keep == "all" or tested >= min_ndcg
+            above = keep == "all" or (best if keep == "best" else initial) >= min_ndcg
             kept = above and (keep != "initial" or best > initial)
             counts.update(draws=1, above=above, kept=kept)
             if kept:

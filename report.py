@@ -243,7 +243,7 @@ function drawPassage() {  // the one that is picked
 }
 
 function drawWindow({number, shown, ranks, status, text}) {  // the passage in it, and what was said of it
-  const n = shown.indexOf(i) + 1, [, from, to] = q.paths[i].find(step => step[0] === number) ?? [];
+  const n = shown.indexOf(i) + 1, [, from, to] = q.paths[i].find(([w]) => !w || w === number) ?? [];
   const says = part => n && part[1].includes(n);
   const linked = ([text, numbers]) => text.split(/(?<=\[[^\[\]]*)(\d+)(?=[^\[\]]*\])/).map(part =>
     !numbers.includes(+part) || !(part - 1 in shown) ? part

@@ -48,10 +48,8 @@ def command_line(settings: type, argv: list[str] | None = None, description: str
     default_of = vars(settings()) | (defaults or {})
     for field in dataclasses.fields(settings):
         options, default = dict(field.metadata), default_of[field.name]
-        names = ["--" + field.name.replace("_", "-")]
-        if options.pop("positional", False):
-            names = [field.name]
-        names = [*options.pop("flags", ()), *names]
+        name = field.name if options.pop("positional", False) else "--" + field.name.replace("_", "-")
+        names = [*options.pop("flags", ()), name]
         minimum[field.name] = options.pop("minimum", None)
         if "group" in options:
             group = parser.add_argument_group(options.pop("group"))
@@ -60,7 +58,8 @@ def command_line(settings: type, argv: list[str] | None = None, description: str
         elif isinstance(default, (int, float)):
             options["type"] = type(default)
         if default not in ("", [], None) and default is not False:
-            options["help"] += f" (default: {default})"
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            options["help"] += f" (default: {shown})"
         options["help"] = options["help"].replace("%", "%%")
         # SUPPRESS: an option that was not typed does not appear among the parsed values.
         group.add_argument(*names, default=argparse.SUPPRESS, **options)

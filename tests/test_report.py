@@ -159,6 +159,16 @@ def test_a_window_knows_its_ranks_its_prompts_numbers_and_its_answer_word_for_wo
     assert describe(second, None)["windows"] == [] and describe(second, None)["whole"]
 
 
+def test_of_a_top_down_run_a_path_has_its_first_and_its_last_rank(tmp_path):
+    """Its windows are not neighbours in the list, so they cannot be replayed one after the other."""
+    query, window, *_ = overlapping()
+    [row] = read_queries(written(tmp_path / "t", [query, window | {"part": 0}]))
+    found = describe(row, None)
+    ends = [(0, n, row["order"].index(docid) + 1) for n, docid in enumerate(row["docids"], 1)]
+    assert found["paths"] == [[end] for end in ends] and found["whole"]
+    assert found["windows"][0]["ranks"] == "3–5"  # in the first stage's list
+
+
 def test_answers_cut_off_prompts_cut_and_windows_missing_are_said(tmp_path):
     query, window, *_ = overlapping()
     window |= {"finished": False, "prompt_shortened": True}
