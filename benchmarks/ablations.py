@@ -1,13 +1,14 @@
-"""The paper's experiments in miniature: what each part of REARANK brings, on the toy task, with intervals.
+"""The paper's experiments in miniature: the effect of each part of REARANK on the toy task, with intervals.
 
-    python benchmarks/ablations.py               (three seeds, about 40 minutes on 2 cores)
-    python benchmarks/ablations.py --quick       (10 minutes: shorter training, wider intervals)
-    python benchmarks/ablations.py --failures    (training gone wrong in four ways, right once: 15 minutes)
+    python benchmarks/ablations.py               (three seeds, about 20 minutes on 2 cores)
+    python benchmarks/ablations.py --quick       (at most 10 minutes: shorter training, wider intervals)
+    python benchmarks/ablations.py --failures    (four runs with a fault and a healthy one: 20 minutes)
 
-For each seed one model is warm-started, and every experiment ("arm") goes on from it for the same number of
-GRPO steps; direct SFT gets as many token passes as GRPO's sampling and update take together. All train on
-windows of the same 20 queries, as the paper has few; all are judged on the same 200 held-out queries. The
-twin that never learned to reason has its own warm start: as many steps, as many tokens of supervision.
+For each seed, one model is warm-started. Every experiment ("arm") continues from it for the same number of
+GRPO steps. Direct SFT gets as many token passes as GRPO's sampling and update take together. The arms train
+on windows of the same 20 queries, since the paper has few queries too (one arm: of 400). All arms are
+evaluated on the same 200 held-out queries. The arm "never trained to reason" has its own warm start, with as
+many steps and as many supervised tokens.
 """
 
 from __future__ import annotations
@@ -47,20 +48,20 @@ from support.streams import atomic_write
 from toy import (EASY_SHARE, LESSON_PASSAGES, TOY, toy_agent, toy_answer, toy_lessons, toy_task,
                  toy_trace_statistics)
 
-ARMS = {  # name: what differs from the arm "full"
+ARMS = {  # name: settings that differ from those of the arm "full"
     "full": {}, "reward: absolute": {"reward": "absolute"}, "reward: difference": {"reward": "difference"},
     "no filter": {"keep_draws": "all"}, "one draw a query": {"draws": 1}, "direct SFT": {},
     "400 queries, one draw each": {"draws": 1}, "never trained to reason": {}}
-# What the paper says (Tables 3 and 4, figures 6 and 7, TREC-DL): the sign that its rows predict for
-# (this row - the row it is compared with), and in words. 0: no difference; None: the paper has no such row.
+# The paper's results (Tables 3 and 4, figures 6 and 7, TREC-DL): the sign of (this row - the row it is
+# compared with) in the paper, and its numbers in words. 0: no difference. None: the paper has no such row.
 PAPER = {
     "reward: absolute": (-1, "70.9 against 72.0"), "reward: difference": (-1, "71.5 against 72.0"),
     "no filter": (-1, "71.3 against 72.0"), "direct SFT": (-1, "66.7 against 72.0"),
-    "think left out": (-1, "68.2 against 72.0"), "one draw a query": (-1, "the reason for the expansion"),
+    "think left out": (-1, "68.2 against 72.0"), "one draw a query": (None, "no row"),
     "400 queries, one draw each": (None, "no row"), "never trained to reason": (None, "no row"),
     "two passes": (0, "no gain (fig. 7)"), "three passes": (0, "no gain (fig. 7)"),
     "length against quality": (0, "no correlation (fig. 6)"), "warm start": (-1, "65.5 against 72.0")}
-CANNOT = ("reward: absolute", "reward: difference")  # affine images of one another inside a group
+CANNOT = ("reward: absolute", "reward: difference")  # inside a group, affine functions of "full"
 
 
 @dataclasses.dataclass
@@ -69,19 +70,19 @@ class Settings:
 
     seeds: list[int] = setting(lambda: [0, 1, 2], "Seeds of warm start, pool and sampling.", nargs="+",
                                type=int)
-    steps: int = setting(60, "GRPO steps of an arm.", minimum=1)
+    steps: int = setting(60, "GRPO steps per arm.", minimum=1)
     sft_steps: int = setting(2600, "Steps of the warm start.", minimum=0)
     queries: int = setting(20, "Training queries.", minimum=1)
     eval_queries: int = setting(200, "Held-out queries.", minimum=8)
-    workers: int = setting(2, "Processes, of one thread each.", minimum=1)
+    workers: int = setting(2, "Processes, with one thread each.", minimum=1)
     quick: bool = setting(False, "25 steps after a warm start of 400, 100 held-out queries.")
-    failures: bool = setting(False, "Only the runs that go wrong, and a healthy one.")
+    failures: bool = setting(False, "Only the runs with a fault, and a healthy one.")
     results: str = setting(str(Path(__file__).resolve().parents[1] / "notebooks" / "results"),
                            "The folder for the CSVs.")
 
 
 def toy_settings(settings: Settings, seed: int, **changes) -> TrainSettings:
-    """The toy run's settings, smaller."""
+    """The toy run's settings, with fewer prompts per step and this benchmark's numbers of steps."""
     smaller = {"seed": seed, "steps": settings.steps, "sft_steps": settings.sft_steps, "prompts_per_step": 16,
                "decay": False, "samples_every": 10**6, "save_every": 10**6}
     return TrainSettings(**TOY | smaller | changes)
@@ -92,7 +93,7 @@ def toy_settings(settings: Settings, seed: int, **changes) -> TrainSettings:
 
 
 def silent_lessons(agent: Agent, options: TrainSettings) -> Iterator[list[tuple[list[int], list[int]]]]:
-    """`toy_lessons` with empty think blocks, and as many more windows as makes the answer tokens equal."""
+    """`toy_lessons` with empty think blocks. Batches have more windows, to get as many answer tokens."""
     rng, tokenizer = random.Random(f"silent {options.seed}"), agent.tokenizer
     for step in itertools.count():
         size = 3 if step < EASY_SHARE * options.sft_steps else options.window
@@ -117,13 +118,13 @@ def warm_start(settings: Settings, seed: int, reason: bool) -> dict:
 
 
 def pool(settings: Settings, options: TrainSettings, queries: int) -> list:
-    """The windows of an arm."""
+    """The training windows of an arm, expanded from this number of queries."""
     return expand(*toy_task(queries, 20, options.seed), options.draws, options.window, options.order,
                   options.keep_draws, options.min_ndcg, options.seed)
 
 
 def logged_training(agent: Agent, windows: list, options: TrainSettings, **hooks) -> list[dict]:
-    """GRPO in a temporary run folder; the rows of its log."""
+    """Train by GRPO in a temporary run folder. Returns the rows of the log."""
     with tempfile.TemporaryDirectory() as out:
         options = dataclasses.replace(options, out=out)
         train(agent, windows, options, RunFolder(options), toy_trace_statistics, **hooks)
@@ -132,13 +133,17 @@ def logged_training(agent: Agent, windows: list, options: TrainSettings, **hooks
 
 
 def direct_sft(settings: Settings, agent: Agent, windows: list, options: TrainSettings) -> Agent:
-    """The paper's direct SFT at GRPO's compute: sampling is one pass over its tokens, an update three."""
+    """Train by the paper's direct SFT (supervised learning of the best order), with the compute of GRPO.
+
+    Compute is counted in passes over tokens: sampling is one pass, an update is three. Of two learning rates,
+    the one with the better NDCG@10 on further queries is used.
+    """
     prompt = len(encode_prompt(agent.tokenizer, windows[0].query, windows[0].texts, options.prompt))
-    spoken, order = 35, 2 * options.window + 2  # tokens of a rollout, of a bare order
+    spoken, order = 35, 2 * options.window + 2  # tokens of a rollout, and of an order without reasoning
     passes = 4 * options.prompts_per_step * (prompt + options.group_size * spoken)
     batch = round(passes / (3 * (prompt + order)))
     trained, best = None, -1.0
-    for lr in (5e-4, 2e-3):  # the better on queries that are neither trained on nor judged on
+    for lr in (5e-4, 2e-3):  # chosen on queries that are used for nothing else
         tried = Agent(copy.deepcopy(agent.model), agent.tokenizer, agent.stop_ids)
         batches = best_order_batches(tried, windows, dataclasses.replace(options, prompts_per_step=batch))
         supervised(tried, batches, options.steps, lr, options)
@@ -150,11 +155,11 @@ def direct_sft(settings: Settings, agent: Agent, windows: list, options: TrainSe
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Judging
+# Evaluation
 
 
 def held_out(queries: int, passages: int, seed: int) -> tuple[list, list]:
-    """(query, texts) of held-out queries, and their labels."""
+    """Held-out lists of the toy task: [(query, texts)], and the labels of their texts."""
     candidates, qrels = toy_task(queries, passages, seed, held_out=True)
     return ([(c.query, c.texts) for c in candidates],
             [[qrels[c.qid][docid] for docid in c.docids] for c in candidates])
@@ -162,7 +167,7 @@ def held_out(queries: int, passages: int, seed: int) -> tuple[list, list]:
 
 def rerank(agent: Agent, lists: list, labels: list, passes: int = 1,
            **options) -> tuple[list[float], list[int]]:
-    """NDCG@10 and answer tokens (of the last pass) of each list, reranked `passes` times."""
+    """Rerank each list `passes` times. Returns NDCG@10 and the last answer's tokens, for each list."""
     reranker = Reranker(agent, "toy", window=6, stride=3, max_new_tokens=64, max_num_seqs=256, **options)
     for _ in range(passes):
         rankings = reranker.rank_many(lists)
@@ -173,7 +178,7 @@ def rerank(agent: Agent, lists: list, labels: list, passes: int = 1,
 
 
 def length_against_quality(agent: Agent, seed: int, queries: int = 50, samples: int = 20) -> list[float]:
-    """Spearman's correlation of answer length and NDCG@10 in each query's answers at temperature 0.6."""
+    """Spearman's correlation of length and NDCG@10 over a query's answers at temperature 0.6, per query."""
     lists, labels = held_out(queries, 6, seed)
     drawn = [rerank(agent, lists, labels, temperature=0.6, seed=draw) for draw in range(samples)]
     scores, tokens = (np.array(x).T for x in zip(*drawn))  # [queries, samples]
@@ -183,9 +188,10 @@ def length_against_quality(agent: Agent, seed: int, queries: int = 50, samples: 
 
 
 def follows_swapped_grades(agent: Agent, seed: int) -> dict[str, float]:
-    """Is the trace read? The best and the worst grade in <think> change places before the answer is written.
+    """Test if answers follow the reasoning: swap the best and the worst grade in <think>, then sample.
 
-    Shares of answers that put the two passages as the grades in their think block say, before and after.
+    Returns the shares of answers that order the two passages by the grades in <think>: {"as written":
+    without the swap, "swapped": with it}.
     """
     lists, labels = held_out(200, 6, seed)
     asked = []
@@ -211,24 +217,24 @@ def follows_swapped_grades(agent: Agent, seed: int) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What goes wrong
+# Training runs with a fault
 
 
 def loose_reward(response: str, labels: Sequence[int], ideal=None, scheme: str = "normalized") -> Score:
-    """Eq. 6 with a format2 that any bracketed number in the answer earns, as [3] alone."""
+    """Equation 6 with a loose format2: any number in brackets in the answer earns it, such as [3] alone."""
     score = score_response(response, labels, ideal, scheme)
     format2 = float(bool(re.search(r"<answer>.*\[\d+\].*</answer>", response)))
     return dataclasses.replace(score, format2=format2, reward=score.reward + 0.1 * (format2 - score.format2))
 
 
 def position_reward(response: str, labels: Sequence[int], ideal=None, scheme: str = "normalized") -> Score:
-    """Eq. 6 where scores stay with positions: sorted by score, every order is the old one, and gains 0."""
+    """Equation 6 where scores stay with positions: sorting by score restores the old order, the gain is 0."""
     score = score_response(response, labels, ideal, scheme)
     return dataclasses.replace(score, rank=0.0, reward=0.1 * score.format1 + 0.1 * score.format2)
 
 
 def wrong_sign_loss(logps, ref_logps, advantages, lengths, beta, *rest):
-    """Equation 3 with + beta KL: away from the reference."""
+    """Equation 3 with + beta KL instead of - beta KL, which drives the policy away from the reference."""
     return grpo_loss(logps, ref_logps, advantages, lengths, -beta, *rest)
 
 
@@ -241,11 +247,11 @@ FAILURES = {  # name: (settings, hooks)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Jobs, and what is written
+# Jobs and output files
 
 
 def job(settings: Settings, seed: int, arm: str, weights: dict) -> tuple[list[dict], dict[str, list[float]]]:
-    """Train one arm and judge it: its log, and {row of the table: a value for each held-out query}."""
+    """Train and evaluate one arm. Returns its log, and {row of the table: one value per held-out query}."""
     agent = toy_agent(seed)
     agent.model.load_state_dict(weights)
     if arm in FAILURES:
@@ -277,20 +283,20 @@ def job(settings: Settings, seed: int, arm: str, weights: dict) -> tuple[list[di
 
 
 def start_worker() -> None:
-    """One thread, no progress bars: the parent has its own."""
+    """Set up a worker process: one thread, and no progress bars, since the parent shows its own."""
     torch.set_num_threads(1)
     os.environ["TQDM_DISABLE"] = "1"
 
 
 def quietly(function, *arguments):
-    """Call a function; what it prints is lost."""
+    """Call a function, discard its output and return its result."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
             contextlib.redirect_stderr(nowhere):
         return function(*arguments)
 
 
 def run_jobs(settings: Settings, arms: Sequence[str]) -> tuple[list[dict], dict[str, list[list[float]]]]:
-    """All arms and seeds. Returns the logs' rows and {row of the table: values [seed][query]}."""
+    """Run all arms with all seeds. Returns the logs' rows and {row of the table: values [seed][query]}."""
     logs, values = [], {}
     starts = [True, False] if "never trained to reason" in arms else [True]
     fresh = multiprocessing.get_context("spawn")
@@ -314,12 +320,12 @@ def run_jobs(settings: Settings, arms: Sequence[str]) -> tuple[list[dict], dict[
 
 
 def table(values: dict[str, list[list[float]]]) -> list[dict]:
-    """A row an experiment: its mean, the paired difference with its interval, the paper's direction.
+    """One row per experiment: its mean, the paired difference with its interval, and the paper's result.
 
-    The interval is a bootstrap over queries of the mean over seeds; `seeds` are the differences of each.
+    The interval is a bootstrap over queries of the mean over seeds. `seeds` has the difference of each seed.
     """
     rows = []
-    for name, (sign, words) in PAPER.items():
+    for name, (_, words) in PAPER.items():
         if name == "length against quality":
             per_seed = [statistics.fmean(row) for row in values[name]]
             mean, low, high = bootstrap_interval([x for row in values[name] for x in row])
@@ -332,16 +338,31 @@ def table(values: dict[str, list[list[float]]]) -> list[dict]:
             level = statistics.fmean(statistics.fmean(row) for row in values[name])
         seen = (low > 0 or high < 0) and len({x > 0 for x in per_seed}) == 1
         direction = (mean > 0) - (mean < 0) if seen else 0
-        verdict = ("a miniature cannot show it" if name in CANNOT else "no row in the paper" if sign is None
-                   else "reproduced" if direction == sign else "the opposite" if direction == -sign
-                   else "no difference seen" if direction == 0 else "not reproduced")
         rows.append({"experiment": name, "value": level, "difference": mean, "low": low, "high": high,
-                     "seeds": " ".join(f"{x:+.3f}" for x in per_seed), "paper": words, "verdict": verdict})
+                     "seeds": " ".join(f"{x:+.3f}" for x in per_seed), "paper": words,
+                     "verdict": verdict(name, direction)})
     return rows
 
 
+def verdict(name: str, direction: int) -> str:
+    """The verdict on a row of the table. `direction` is the sign of a difference that was seen, else 0.
+
+    A difference that was not seen may still exist, so it never counts as "reproduced".
+    """
+    sign, _ = PAPER[name]
+    if name in CANNOT:
+        return "not a test of it"
+    if sign is None:
+        return "no row in the paper"
+    if direction == 0:
+        return "no difference seen"
+    if direction == sign:
+        return "reproduced"
+    return "the opposite" if direction == -sign else "not reproduced"
+
+
 def write_csv(path: Path, rows: list[dict], columns: Sequence[str]) -> None:
-    """Rows as CSV, numbers with four digits."""
+    """Write rows as CSV, numbers with four significant digits."""
     with atomic_write(path) as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
