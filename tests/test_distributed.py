@@ -124,7 +124,7 @@ def largest_difference(a: Path, b: Path, only: str = "") -> float:
 
 CASES = {
     "plain": [{"beta": 0.0}, "", (1, 2, 3)],
-    "reference": [{"beta": 0.1, "lr": 1e-3}, "", (1, 3)],
+    "reference, two updates": [{"beta": 0.1, "lr": 1e-3, "updates": 2}, "", (1, 3)],
     "fewer prompts than ranks": [{"prompts_per_step": 2, "steps": 2}, "", (1, 3)],
     "a rank with flat groups only": [{"prompts_per_step": 2}, "flat", (1, 2)],
     "lora": [{"lora_rank": 3, "beta": 0.1}, "", (1, 2)],
