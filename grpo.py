@@ -151,9 +151,9 @@ def grpo_step(agent: Agent, reference, optimizer: MasterAdamW, instances: list[I
             value.backward()
             sums.append(batch_sums(batch, value, settings.clip))
         # Step: clip the gradient, then AdamW.
-        means, norm = step_means(sums, reference is not None), 0.0
+        (means, tokens), norm = step_means(sums, reference is not None), 0.0
         finite = math.isfinite(means["loss"]) and math.isfinite(means["logp_diff_max"])
-        if not math.isnan(means["entropy"]):  # else all groups' rewards were equal: nothing to learn
+        if tokens:  # else all groups' rewards were equal: nothing to learn
             norm = optimizer.step(lr, settings.grad_clip, skip=not finite)
         row = row or means  # of the first update, where the policy is the one that sampled
         row |= {"clipped": means["clipped"], "grad_norm": norm}  # of the last one
@@ -258,18 +258,18 @@ def batch_sums(batch: PolicyBatch, loss: Tensor, clip: Sequence[float]) -> Tenso
     return torch.stack([*(x.sum().float() for x in columns), difference.max()])
 
 
-def step_means(sums: list[Tensor], kl_is_known: bool) -> dict[str, float]:
-    """The log's columns: the loss, and means over the tokens: kl, entropy, distance from the sampler's logps,
-    share that is clipped.
+def step_means(sums: list[Tensor], kl_is_known: bool) -> tuple[dict[str, float], float]:
+    """(The log's columns: the loss, and means over the tokens: kl, entropy, distance from the sampler's
+    logps, share that is clipped; the number of tokens.)
 
     Over the micro-batches of all ranks, each of which must call this. What was not measured is NaN.
     """
     every = torch.tensor(gather([x.tolist() for x in sums]) or [[0.0] * 7], dtype=torch.float64)
     loss, kl, entropy, difference, clipped, tokens, _ = every.sum(0).tolist()
-    tokens = tokens or math.nan
-    return {"loss": loss, "kl": kl / tokens if kl_is_known else math.nan, "entropy": entropy / tokens,
-            "logp_diff": difference / tokens, "logp_diff_max": every[:, -1].max().item(),
-            "clipped": clipped / tokens}
+    n = tokens or math.nan
+    return {"loss": loss, "kl": kl / n if kl_is_known else math.nan, "entropy": entropy / n,
+            "logp_diff": difference / n, "logp_diff_max": every[:, -1].max().item(),
+            "clipped": clipped / n}, tokens
 
 
 def rollout_statistics(rollouts: Rollouts, advantages: Tensor) -> dict[str, float]:

@@ -325,8 +325,8 @@ def update_by_ids(agent: Agent, reference, optimizer, prompts, groups, options) 
                          batch.old_logps, options.clip, batch.all_lengths)
         loss.backward()
         sums.append(batch_sums(batch, loss, options.clip))
-    means = step_means(sums, reference is not None)
-    if not math.isnan(means["entropy"]):
+    means, tokens = step_means(sums, reference is not None)
+    if tokens:
         optimizer.step(1e-6, options.grad_clip, skip=not math.isfinite(means["loss"]))
 
 

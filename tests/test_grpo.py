@@ -246,6 +246,26 @@ def test_the_reference_reads_a_batch_once_however_many_updates_use_it(monkeypatc
     assert visited == [reference, model, model, model]
 
 
+@pytest.mark.parametrize("loss_is_finite", [True, False])
+def test_an_entropy_that_is_no_number_decides_nothing(monkeypatch, loss_is_finite):
+    """Logits of -inf give such an entropy. The update is made, or skipped with its gradient cleared."""
+    (rollouts, rewards), model, honest = three_groups(), tiny_model(), grpo.microbatches
+
+    def poisoned(*arguments):
+        for batch in honest(*arguments):
+            batch.entropy = batch.entropy + float("nan")
+            if not loss_is_finite:
+                batch.logps = batch.logps * float("nan")
+            yield batch
+
+    monkeypatch.setattr(grpo, "microbatches", poisoned)
+    before, optimizer = [p.detach().clone() for p in model.parameters()], MasterAdamW(model.parameters())
+    row = update(monkeypatch, model, None, optimizer, rollouts, rewards, 1e-3, toy_settings(beta=0.0))
+    assert math.isnan(row["entropy"]) and row["skipped"] == int(not loss_is_finite)
+    assert all(map(torch.equal, before, model.parameters())) == (not loss_is_finite)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_an_update_that_is_not_finite_is_the_last_of_its_step_and_is_reported(toy, tmp_path):
     settings, before = quick(tmp_path, reward="random", steps=1, updates=3), copy.deepcopy(toy.model)
     train(toy, one_window(), settings, RunFolder(settings), loss=nan_at(1))
