@@ -319,33 +319,46 @@ def run_jobs(settings: Settings, arms: Sequence[str]) -> tuple[list[dict], dict[
     return logs, values
 
 
+def paired(a: list[list[float]], b: list[list[float]]) -> tuple[tuple[float, float, float], list[float]]:
+    """The difference a - b of values [seed][query]: (mean, low, high), and the mean of each seed.
+
+    The interval is a bootstrap over queries of the mean over seeds.
+    """
+    differences = [[x - y for x, y in zip(*pair)] for pair in zip(a, b)]
+    interval = bootstrap_interval([statistics.fmean(column) for column in zip(*differences)])
+    return interval, [statistics.fmean(row) for row in differences]
+
+
+def direction(mean: float, low: float, high: float, per_seed: list[float]) -> int:
+    """The sign of a difference that is seen: its interval leaves out 0, all seeds have its sign. Else 0."""
+    seen = (low > 0 or high < 0) and len({x > 0 for x in per_seed}) == 1
+    return (mean > 0) - (mean < 0) if seen else 0
+
+
 def table(values: dict[str, list[list[float]]]) -> list[dict]:
     """One row per experiment: its mean, the paired difference with its interval, and the paper's result.
 
-    The interval is a bootstrap over queries of the mean over seeds. `seeds` has the difference of each seed.
+    `seeds` has the difference of each seed.
     """
     rows = []
     for name, (_, words) in PAPER.items():
         if name == "length against quality":
             per_seed = [statistics.fmean(row) for row in values[name]]
-            mean, low, high = bootstrap_interval([x for row in values[name] for x in row])
-            level = mean
+            interval = bootstrap_interval([x for row in values[name] for x in row])
+            level = interval[0]
         else:
             base = "one pass" if name.endswith("passes") else "full"
-            differences = [[a - b for a, b in zip(*pair)] for pair in zip(values[name], values[base])]
-            per_seed = [statistics.fmean(row) for row in differences]
-            mean, low, high = bootstrap_interval([statistics.fmean(column) for column in zip(*differences)])
+            interval, per_seed = paired(values[name], values[base])
             level = statistics.fmean(statistics.fmean(row) for row in values[name])
-        seen = (low > 0 or high < 0) and len({x > 0 for x in per_seed}) == 1
-        direction = (mean > 0) - (mean < 0) if seen else 0
+        mean, low, high = interval
         rows.append({"experiment": name, "value": level, "difference": mean, "low": low, "high": high,
                      "seeds": " ".join(f"{x:+.3f}" for x in per_seed), "paper": words,
-                     "verdict": verdict(name, direction)})
+                     "verdict": verdict(name, direction(*interval, per_seed))})
     return rows
 
 
-def verdict(name: str, direction: int) -> str:
-    """The verdict on a row of the table. `direction` is the sign of a difference that was seen, else 0.
+def verdict(name: str, seen: int) -> str:
+    """The verdict on a row of the table. `seen` is the `direction` of its difference.
 
     A difference that was not seen may still exist, so it never counts as "reproduced".
     """
@@ -354,11 +367,11 @@ def verdict(name: str, direction: int) -> str:
         return "not a test of it"
     if sign is None:
         return "no row in the paper"
-    if direction == 0:
+    if seen == 0:
         return "no difference seen"
-    if direction == sign:
+    if seen == sign:
         return "reproduced"
-    return "the opposite" if direction == -sign else "not reproduced"
+    return "the opposite" if seen == -sign else "not reproduced"
 
 
 def write_csv(path: Path, rows: list[dict], columns: Sequence[str]) -> None:

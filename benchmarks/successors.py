@@ -30,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from ablations import held_out, logged_training, quietly, rerank, write_csv
-from eval import bootstrap_interval
+from ablations import direction, held_out, logged_training, paired, quietly, rerank, write_csv
 from grpo import (Rollouts, TrainSettings, batch_of, clipped_objective, group_advantages, grpo_loss, k3,
                   policy_microbatches, sample_rollouts, score_rollouts, supervised)
 from model import Agent, token_mask
@@ -259,24 +258,14 @@ def run_seed(settings: Settings, seed: int, results: dict[str, list[dict]]) -> l
     return quietly(checks, start, batch_of(windows, 1, options), options)
 
 
-def paired(a: list[dict], b: list[dict]) -> tuple[tuple[float, float, float], list[float]]:
-    """The difference a - b in NDCG@10: (mean, low, high), and the mean of each seed.
-
-    The interval is a bootstrap over queries of the mean over seeds.
-    """
-    differences = [[x - y for x, y in zip(p["ndcg"], q["ndcg"])] for p, q in zip(a, b)]  # [seed][query]
-    interval = bootstrap_interval([statistics.fmean(column) for column in zip(*differences)])
-    return interval, [statistics.fmean(row) for row in differences]
-
-
 def table(results: dict[str, list[dict]], limit: int) -> list[dict]:
-    """One row per arm. A difference is "seen" if its interval leaves out 0 and all seeds have its sign."""
-    rows = []
+    """One row per arm. Which differences are seen: `ablations.direction`."""
+    rows, ndcg = [], {name: [run["ndcg"] for run in runs] for name, runs in results.items()}
+    verdicts = {1: "higher", 0: "no difference seen", -1: "lower"}
     for name, (versus, _, _) in arms(limit).items():
-        (gain, gain_low, gain_high), _ = paired(results[name], results["warm start"])
-        (difference, low, high), seeds = paired(results[name], results[versus])
-        seen = (low > 0 or high < 0) and len({x > 0 for x in seeds}) == 1
-        verdict = "no difference seen" if not seen else "higher" if difference > 0 else "lower"
+        (gain, gain_low, gain_high), _ = paired(ndcg[name], ndcg["warm start"])
+        (difference, low, high), seeds = paired(ndcg[name], ndcg[versus])
+        verdict = verdicts[direction(difference, low, high, seeds)]
         rows.append({
             "method": name, "gain": gain, "gain_low": gain_low, "gain_high": gain_high, "versus": versus,
             "difference": difference, "low": low, "high": high, "seeds": " ".join(f"{x:+.3f}" for x in seeds),
