@@ -344,7 +344,7 @@ class Reranker(Options):
         statuses = [status for _, status, _ in samples]
         return Window(
             positions=positions, response=answers[0].text, shortened=shortened, part=part,
-            order=[positions[i] for i in best], shares=[won[i] for i in best if won],
+            order=[positions[i] for i in best], shares=[won[i] for i in best] if won else [],
             status=next((status for status in statuses if status != "ok"), "ok"),
             error=next((answer.error for answer in answers if answer.error), ""),
             tokens=sum(answer.tokens for answer in answers),

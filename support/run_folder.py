@@ -55,8 +55,9 @@ class RunFolder:
             if settings.resume and not earlier:
                 print(f"--resume: nothing has been saved in {self.path} yet: starting from the beginning")
             for name in CHANGEABLE:
-                was, now = earlier.get(name), getattr(settings, name)
-                if earlier and was != now:
+                now = getattr(settings, name)
+                was = earlier.get(name, now)
+                if was != now:
                     print(f"--resume: --{name.replace('_', '-')} is {now} from here on, and was {was}")
             self.lock()
             if not earlier and holds_run(self.path):
