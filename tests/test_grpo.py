@@ -246,6 +246,16 @@ def test_the_reference_reads_a_batch_once_however_many_updates_use_it(monkeypatc
     assert visited == [reference, model, model, model]
 
 
+def test_where_all_rewards_are_equal_the_optimizer_does_not_step_on_its_momentum(monkeypatch):
+    (rollouts, rewards), model = three_groups(), tiny_model()
+    optimizer, settings = MasterAdamW(model.parameters()), toy_settings(beta=0.0)
+    update(monkeypatch, model, None, optimizer, rollouts, rewards, 1e-3, settings)
+    before = [p.detach().clone() for p in model.parameters()]
+    row = update(monkeypatch, model, None, optimizer, rollouts, torch.ones(3, 3), 1e-3, settings)
+    assert all(map(torch.equal, before, model.parameters())) and optimizer.updates == 1
+    assert row["grad_norm"] == 0 and row["skipped"] == 0 and math.isnan(row["entropy"])
+
+
 @pytest.mark.parametrize("loss_is_finite", [True, False])
 def test_an_entropy_that_is_no_number_decides_nothing(monkeypatch, loss_is_finite):
     """Logits of -inf give such an entropy. The update is made, or skipped with its gradient cleared."""

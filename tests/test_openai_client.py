@@ -390,6 +390,15 @@ def test_a_server_that_answers_nothing_is_not_asked_for_every_query(server, tmp_
     assert rearank.main([*files, "--resume"]) == 0 and len(read_run(tmp_path / "r")) == 20
 
 
+def test_where_no_window_got_an_answer_the_prompt_is_not_blamed(server, tmp_path, capsys):
+    write_candidates(tmp_path / "c.jsonl", toy_task(2, 3, seed=0)[0])
+    Fake.script = [fails(400)] * 2
+    assert rearank.main(["--input", str(tmp_path / "c.jsonl"), "--output", str(tmp_path / "r"),
+                         "--server", server]) == 1
+    told = capsys.readouterr()
+    assert "2 error" in told.out and "rankgpt" not in told.err
+
+
 def test_a_query_that_gets_no_answer_ends_with_status_1(server, tmp_path, capsys):
     (tmp_path / "lines.txt").write_text("wax\nhoney\n")
     command = ["--server", server, "--query", "q", str(tmp_path / "lines.txt")]
